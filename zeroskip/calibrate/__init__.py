@@ -1,0 +1,22 @@
+"""Calibration: run any model block by block over data, collect statistics, keep a journal."""
+
+from zeroskip.calibrate.blocks import find_blocks, sites_of
+from zeroskip.calibrate.data import Batch, read_batches
+from zeroskip.calibrate.journal import Journal
+from zeroskip.calibrate.replay import Block, Replay
+from zeroskip.calibrate.stats import Collector, SharingError, Stat
+from zeroskip.calibrate.text import text_batches
+
+__all__ = [
+    "Batch",
+    "Block",
+    "Collector",
+    "Journal",
+    "Replay",
+    "SharingError",
+    "Stat",
+    "find_blocks",
+    "read_batches",
+    "sites_of",
+    "text_batches",
+]

@@ -1,0 +1,280 @@
+"""Run a model block by block without knowing its architecture.
+
+The model's own forward does all the work between the blocks. To reach block k, it runs with the blocks before k
+replaced by what they returned last time; so embeddings, masks, position tables, glue between blocks and each block's
+own arguments are always the model's, and nothing but the blocks' outputs is stored. As soon as the call that was
+wanted is done, an exception leaves the forward.
+
+Of outputs that later blocks do not read, only the shape is kept (filled with NaN). Whether that holds is checked:
+`Replay` runs the first batch plainly and through the replay, and compares every block's inputs bit by bit; where they
+differ (skip connections across blocks) all outputs are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from zeroskip.calibrate.data import Batch
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["Block", "Replay", "digest"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module whose calls are replayed. `group` is the list it came from; "" as name is the whole model."""
+
+    name: str
+    module: nn.Module
+    group: str
+
+
+@dataclass
+class _Record:
+    """What the finished calls of one batch returned, in call order."""
+
+    blocks: list[Block] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Trace:
+    """One plain forward: which block each call ran, digests of its arguments, which outputs later calls read."""
+
+    blocks: list[Block] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    read: set[tuple[int, int]] = field(default_factory=set)  # (call, output leaf)
+
+
+class _Stop(BaseException):
+    """Leaves a forward once it has done what it was run for."""
+
+
+class Replay:
+    """The blocks of a model over a set of batches, advanced one block at a time.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In eval mode; its blocks' forward is replaced only while a method here runs.
+    blocks : list of Block
+        Candidates; those never called are dropped. `order` holds the rest by first call.
+    batches : list of Batch
+    seed : int
+        Set before every forward, so that a model that draws random numbers draws the same ones each time.
+
+    Raises
+    ------
+    ZeroskipError
+        If two forwards of the same batch differ.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[Block], batches: list[Batch], seed: int = 0) -> None:
+        self.model, self.batches, self.seed = model, batches, seed
+        self.keep_all = False
+        self.candidates = blocks
+        self.done: set[Block] = set()
+        self.records = [_Record() for _ in batches]
+        self.arguments: dict[str, Any] = {}
+        self.trace = self._plain(batches[0])
+        self.order = list(dict.fromkeys(self.trace.blocks))
+        if self.order and not self._replays(batches[0]):
+            log.info("a block reads the output of a far earlier one: all outputs are kept")
+            self.keep_all = True
+            if not self._replays(batches[0]):
+                raise ZeroskipError(
+                    "two forward passes over the first calibration batch differ: the model is not deterministic; "
+                    "switch off what makes it draw numbers or keep state between calls"
+                )
+
+    # The three things a caller does ---------------------------------------------------------------------------------
+
+    def collect(self, block: Block, index: int) -> None:
+        """Run batch `index` up to and including the block's last call, for the hooks that are set in it."""
+        batch, record = self.batches[index], self.records[index]
+        left = self.trace.blocks.count(block)
+
+        def after(_: int, which: Block, output: Any) -> None:
+            nonlocal left
+            left -= which is block
+            if left == 0:
+                raise _Stop
+
+        self._forward(batch, record, after=after)
+
+    def advance(self, block: Block) -> None:
+        """Mark a block as final and take every batch to the first call of a block that is not."""
+        self.done.add(block)
+        if all(each in self.done for each in self.order):
+            self.records = [_Record() for _ in self.batches]
+            return
+        for index, batch in enumerate(self.batches):
+            self.records[index] = self._advanced(batch, self.records[index])
+
+    def logits(self, batch: Batch) -> Any:
+        """Return the model's output through the replay of one batch (for tests)."""
+        record = _Record()
+        for block in self.order:
+            self.done.add(block)
+            record = self._advanced(batch, record)
+        self.done.clear()
+        return self._forward(batch, record)
+
+    # How ------------------------------------------------------------------------------------------------------------
+
+    def _advanced(self, batch: Batch, record: _Record) -> _Record:
+        new = _Record(list(record.blocks), list(record.outputs))
+
+        def before(_: int, which: Block, args: Any, kwargs: Any) -> None:
+            if which not in self.done:
+                raise _Stop
+
+        def after(_: int, which: Block, output: Any) -> None:
+            new.blocks.append(which)
+            new.outputs.append(output)
+
+        self._forward(batch, record, before=before, after=after)
+        if not self.keep_all:
+            if new.blocks != self.trace.blocks[: len(new.blocks)]:
+                # This batch takes another way through the model than the first; its calls are run again each time.
+                return _Record()
+            for call in range(len(new.outputs)):
+                new.outputs[call] = self._thin(new, call)
+        return new
+
+    def _thin(self, record: _Record, call: int) -> Any:
+        group = record.blocks[call].group
+        rest = (each.group for each in record.blocks[call + 1 :])
+        if call == len(record.outputs) - 1 or group not in rest:  # the newest, and the last of every list
+            return record.outputs[call]
+        leaves, shape = pytree.tree_flatten(record.outputs[call])
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and (call, index) not in self.trace.read:
+                leaves[index] = leaf.new_full((1,) * leaf.dim(), torch.nan).expand(leaf.shape)
+        return pytree.tree_unflatten(leaves, shape)
+
+    def _plain(self, batch: Batch) -> _Trace:
+        trace = _Trace()
+        alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+        def before(call: int, which: Block, args: Any, kwargs: Any) -> None:
+            trace.blocks.append(which)
+            trace.digests.append(digest((args, kwargs)))
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                found = alive.get(id(leaf))
+                if found is not None and found[0]() is leaf and found[1] < call - 1:
+                    trace.read.add(found[1:])
+
+        def after(call: int, which: Block, output: Any) -> None:
+            for index, leaf in enumerate(pytree.tree_leaves(output)):
+                if isinstance(leaf, Tensor):
+                    alive[id(leaf)] = (weakref.ref(leaf), call, index)
+
+        self._forward(batch, _Record(), before=before, after=after)
+        return trace
+
+    def _replays(self, batch: Batch) -> bool:
+        """Whether the unpruned model, replayed, shows every block the arguments of the plain forward."""
+        record, same = _Record(), False
+        for block in self.order:
+            shown: list[bool] = []
+
+            def before(call: int, which: Block, args: Any, kwargs: Any, shown: list[bool] = shown) -> None:
+                shown.append(call < len(self.trace.digests) and digest((args, kwargs)) == self.trace.digests[call])
+
+            self._forward(batch, record, before=before, after=_stop)
+            same = bool(shown) and all(shown)
+            if not same or block is self.order[-1]:
+                break
+            self.done.add(block)
+            record = self._advanced(batch, record)
+        self.done.clear()
+        return same
+
+    def _forward(
+        self,
+        batch: Batch,
+        record: _Record,
+        before: Callable[[int, Block, Any, Any], None] | None = None,
+        after: Callable[[int, Block, Any], None] | None = None,
+    ) -> Any:
+        """Run the model on a batch; calls that `record` holds are answered from it, `before` and `after` see the rest."""
+        calls = 0
+
+        def wrap(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+            names = inspect.signature(forward)
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                call, calls = calls, calls + 1
+                if call < len(record.outputs):
+                    return pytree.tree_map(_copy, record.outputs[call])
+                if before is not None:
+                    before(call, block, args, kwargs)
+                with contextlib.suppress(TypeError):
+                    self.arguments = dict(names.bind_partial(*args, **kwargs).arguments)
+                output = forward(*args, **kwargs)
+                if after is not None:
+                    after(call, block, output)
+                return output
+
+            run.__signature__ = names  # type: ignore[attr-defined]
+            return run
+
+        device = next((p.device for p in self.model.parameters() if p.is_cuda), None)
+        with self._replaced(wrap), torch.no_grad(), torch.random.fork_rng([] if device is None else [device]):
+            torch.manual_seed(self.seed)
+            try:
+                return batch.call(self.model)
+            except _Stop:
+                return None
+            finally:
+                self.arguments = {}
+
+    @contextlib.contextmanager
+    def _replaced(self, wrap: Callable[[Block, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+        """Set `forward` on the blocks themselves, above the one of their class (or of another library's wrapper)."""
+        old = {block: block.module.__dict__.get("forward") for block in self.candidates}
+        try:
+            for block in self.candidates:
+                block.module.__dict__["forward"] = wrap(block, block.module.forward)
+            yield
+        finally:
+            for block, forward in old.items():
+                block.module.__dict__.pop("forward")
+                if forward is not None:
+                    block.module.__dict__["forward"] = forward
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+def _copy(leaf: Any) -> Any:
+    """A fresh copy of an output, because glue may write into it; placeholders (stride 0) stay as they are."""
+    return leaf.clone() if isinstance(leaf, Tensor) and 0 not in leaf.stride() else leaf
+
+
+def digest(tree: Any) -> bytes:
+    """Hash the tensors, names and plain values of a tree of tuples, lists and dicts; other objects do not count."""
+    total = hashlib.blake2b(digest_size=16)
+    for path, leaf in pytree.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tensor):
+            total.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)} ".encode())
+            total.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif leaf is None or isinstance(leaf, bool | int | float | str):
+            total.update(f"{pytree.keystr(path)} {leaf!r} ".encode())
+    return total.digest()

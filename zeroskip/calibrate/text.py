@@ -1,0 +1,97 @@
+"""Calibration batches from text: the convenience form of `calibration=`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["text_batches"]
+
+ROWS = 128  # sequences at most: the sample of the papers; more changes little
+BATCH = 8
+
+
+def text_batches(
+    model: nn.Module, text: str | os.PathLike[str] | Iterable[str], tokenizer: Any, seed: int = 0, tokens: int = 512
+) -> list[dict[str, Tensor]]:
+    """Cut text into calibration batches.
+
+    A tokenizer with a [CLS] token belongs to an encoder: every string is one row, cut to the window and padded (with its
+    attention mask) among rows of like length. Otherwise the strings, each followed by the end-of-text token, are
+    joined and cut into rows of exactly one window; the rest is dropped unless there is no other row. Of more than 128
+    rows, 128 are drawn by `seed`. Rows go in batches of 8.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its config bounds the window.
+    text : list of str, or path
+        Strings; or a UTF-8 file (a string that names one counts), each paragraph of which is one string for an encoder.
+    tokenizer
+        A transformers tokenizer.
+    seed : int
+    tokens : int
+        The window, made smaller where model or tokenizer allow less.
+
+    Raises
+    ------
+    ZeroskipError
+        If there is no text, the tokenizer is missing, or the model has an encoder and a decoder.
+    """
+    if tokenizer is None:
+        raise ZeroskipError("text= needs tokenizer=, the model's own")
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ZeroskipError("text= serves encoders and decoders: give an encoder-decoder model calibration= batches")
+    for limit in (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)):
+        tokens = min(tokens, int(limit)) if limit else tokens
+    encoder = getattr(tokenizer, "cls_token_id", None) is not None
+    strings = [string for string in _strings(text, encoder) if string.strip()]
+    if not strings:
+        raise ZeroskipError("text= holds no text")
+    if encoder:
+        rows = [tokenizer(string, truncation=True, max_length=tokens)["input_ids"] for string in strings]
+        rows = sorted(_sample(rows, seed), key=len)
+        return [_padded(rows[at : at + BATCH], tokenizer.pad_token_id or 0) for at in range(0, len(rows), BATCH)]
+    end = [tokenizer.eos_token_id] if getattr(tokenizer, "eos_token_id", None) is not None else []
+    stream = [token for string in strings for token in [*tokenizer(string, verbose=False)["input_ids"], *end]]
+    rows = [stream[at : at + tokens] for at in range(0, len(stream) - tokens + 1, tokens)] or [stream]
+    rows = _sample(rows, seed)
+    return [{"input_ids": torch.tensor(rows[at : at + BATCH])} for at in range(0, len(rows), BATCH)]
+
+
+def _strings(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool) -> list[str]:
+    if isinstance(text, str | os.PathLike):
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ZeroskipError(
+                f"text= {str(text)[:80]!r} is no readable UTF-8 file ({error}); give a list of strings"
+            ) from None
+        return re.split(r"\n\s*\n", content) if paragraphs else [content]
+    strings = list(text)
+    if any(not isinstance(string, str) for string in strings):
+        raise ZeroskipError("text= holds something that is no string: give a list of strings or a path")
+    return strings
+
+
+def _sample(rows: list[list[int]], seed: int) -> list[list[int]]:
+    if len(rows) <= ROWS:
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
+    return [rows[int(index)] for index in order.sort().values]
+
+
+def _padded(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}

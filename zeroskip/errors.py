@@ -1,0 +1,28 @@
+"""What the library raises on bad input, and the hint for a misspelt name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["ZeroskipError", "suggest"]
+
+
+class ZeroskipError(ValueError):
+    """Bad input: one line that states the value seen and the remedy."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ``' (did you mean X?)'`` for the nearest known name, else the list of known names.
+
+    Examples
+    --------
+    >>> suggest("wnada", ["wanda", "magnitude"])
+    " (did you mean 'wanda'?)"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f" (known: {shown})" if known else " (there are none)"

@@ -1,0 +1,25 @@
+"""Pruning: one method, one file. The order here is the order of `methods()`."""
+
+from zeroskip.prune.random import Random  # isort: skip
+from zeroskip.prune.magnitude import Magnitude  # isort: skip
+from zeroskip.prune.wanda import Wanda  # isort: skip
+from zeroskip.prune.base import Method, Problem, Solution, Solver, methods
+from zeroskip.prune.ls import LeastSquares
+from zeroskip.prune.patterns import Pattern
+from zeroskip.prune.report import Report
+from zeroskip.prune.run import prune
+
+__all__ = [
+    "LeastSquares",
+    "Magnitude",
+    "Method",
+    "Pattern",
+    "Problem",
+    "Random",
+    "Report",
+    "Solution",
+    "Solver",
+    "Wanda",
+    "methods",
+    "prune",
+]

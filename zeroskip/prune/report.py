@@ -1,0 +1,111 @@
+"""What a pruning run did, site by site."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Report", "Row"]
+
+
+@dataclass
+class Row:
+    """One site.
+
+    Attributes
+    ----------
+    name : str
+    shape : list of int
+        (groups, out, in).
+    pattern : str
+    sparsity_asked, sparsity : float
+        The fraction of zeros asked for, and found in the weight that was written.
+    error_before, error : float or None
+        ||(W - V) X||^2 / ||W X||^2 on the calibration data, after the zeros were chosen and after the solve; None where
+        the method needed no Gram matrix.
+    tokens : int
+        How many tokens its statistics saw.
+    seconds : float
+        Choice and solve; the forward passes are not in it.
+    notes : list of str
+        What went otherwise than planned, such as a raised ridge.
+    """
+
+    name: str
+    shape: list[int]
+    pattern: str
+    sparsity_asked: float
+    sparsity: float
+    error_before: float | None
+    error: float | None
+    tokens: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """The outcome of `prune`; `str` gives a table, `to_dict` plain values for JSON.
+
+    Attributes
+    ----------
+    recipe : dict
+        What reproduces the run on the same model and data.
+    rows : list of Row
+    skipped : dict of str to str
+        Sites left dense, with the reason.
+    seconds : float
+        The whole run.
+    """
+
+    recipe: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over all pruned sites."""
+        sizes = [row.shape[0] * row.shape[1] * row.shape[2] for row in self.rows]
+        return sum(row.sparsity * size for row, size in zip(self.rows, sizes, strict=True)) / max(1, sum(sizes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists, strings and finite numbers."""
+        return {"sparsity": self.sparsity, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Report:
+        """Read what `to_dict` wrote."""
+        rows = [Row(**row) for row in data["rows"]]
+        return Report(data["recipe"], rows, data["skipped"], data["seconds"])
+
+    def __str__(self) -> str:
+        head = ("site", "shape", "pattern", "asked", "zeros", "error", "after solve", "s")
+        table = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(len(cells[column]) for cells in table) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                f"{c:<{w}}" if i in (0, 2) else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+            ).rstrip()
+            for cells in table
+        ]
+        lines += [f"  {row.name}: {note}" for row in self.rows for note in row.notes]
+        lines += [f"  left dense: {name} ({reason})" for name, reason in self.skipped.items()]
+        total = (
+            f"{self.recipe.get('method', '')}: {len(self.rows)} sites, {self.sparsity:.2%} zeros, {self.seconds:.1f} s"
+        )
+        return "\n".join([*lines, total])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape[1:] if row.shape[0] == 1 else row.shape))
+    errors = ("-" if value is None else f"{value:.4f}" for value in (row.error_before, row.error))
+    return (
+        row.name,
+        shape,
+        row.pattern,
+        f"{row.sparsity_asked:.2%}",
+        f"{row.sparsity:.2%}",
+        *errors,
+        f"{row.seconds:.2f}",
+    )

@@ -1,0 +1,389 @@
+"""`prune`: check everything, then block by block: collect, choose, solve, write, go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.calibrate import (
+    Block,
+    Collector,
+    Journal,
+    Replay,
+    SharingError,
+    find_blocks,
+    read_batches,
+    sites_of,
+    text_batches,
+)
+from zeroskip.calibrate.journal import generator
+from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.model import Site, select_sites
+from zeroskip.prune.base import Problem, Recipe
+from zeroskip.prune.patterns import Pattern
+from zeroskip.prune.report import Report, Row
+
+__all__ = ["prune"]
+
+log = logging.getLogger(__name__)
+
+DEFAULTS: dict[str, Any] = {
+    "method": "wanda+ls",
+    "sparsity": None,
+    "pattern": "unstructured",
+    "include": None,
+    "exclude": ("lm_head",),
+    "seed": 0,
+}
+OUTSIDE = "outside the blocks; name it in include= to prune it"
+UNSEEN = "saw no calibration token"
+
+
+def prune(
+    model: nn.Module,
+    method: str = "wanda+ls",
+    *,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    calibration: Iterable[Any] | None = None,
+    text: str | os.PathLike[str] | Iterable[str] | None = None,
+    tokenizer: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = ("lm_head",),
+    journal: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Set weights of a model to zero, in place, so that its outputs change as little as can be.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Modified in place: nn.Linear and transformers' Conv1D inside its blocks. Its weights may be fp32, bf16 or fp16;
+        the work is done in fp32. The report is also set as `model.zeroskip_report`.
+    method : str
+        One of `methods()`.
+    sparsity : float, optional
+        Fraction of zeros in [0, 1); implied by N:M patterns.
+    pattern : str
+        "unstructured", "N:M", "N:M@V" or "block:RxC".
+    calibration : iterable of batches, optional
+        A batch is a tensor (the one positional argument), a tuple (positional) or a dict (by keyword). Read once.
+        Tokens where `attention_mask` is 0 count in no statistic.
+    text, tokenizer : optional
+        Instead of `calibration`: see `zeroskip.calibrate.text_batches`.
+    recipe : dict, optional
+        {"method", "pattern", "sparsity", "include", "exclude", "seed"}, any of them, instead of the arguments.
+    loss : None
+        For methods that need gradients; none is here yet.
+    include, exclude : patterns, optional
+        Globs on site names, "re:..." for regular expressions: see `zeroskip.model.find_sites`. Sites outside the
+        blocks are pruned only where `include` names them.
+    journal : path, optional
+        A directory. The same call, killed and made again on the same model, goes on from it, with the same result.
+    seed : int
+    progress : callable, optional
+        Told (blocks done, blocks in all, name of the block that comes) as the work goes on.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ZeroskipError
+        On anything that does not fit; all of it is checked before the first weight changes, except calibration data
+        that makes the model itself produce NaN or Inf.
+
+    Examples
+    --------
+    >>> report = prune(model, "wanda+ls", pattern="8:16@64", calibration=batches)
+    >>> print(report)
+
+    Source: block by block with the pruned outputs fed on, as in Frantar and Alistarh 2023 (arXiv 2301.00774).
+    """
+    started = time.perf_counter()
+    given = dict(method=method, sparsity=sparsity, pattern=pattern, include=include, exclude=exclude, seed=seed)
+    plan = _plan(given, recipe)
+    if loss is not None:
+        raise ZeroskipError(
+            f"loss= is for methods that need gradients, which {plan.recipe.name!r} does not: leave it out"
+        )
+    sites, skipped = select_sites(model, plan.settings["include"], plan.settings["exclude"])
+    blocks = find_blocks(model, sites if plan.settings["include"] else ())
+    inside = {site.name for block in blocks for site in sites_of(block, sites)}
+    skipped |= {site.name: OUTSIDE for site in sites if site.name not in inside}
+    sites = [site for site in sites if site.name in inside]
+    if not sites:
+        raise ZeroskipError(
+            "the model has nothing to prune: no nn.Linear or Conv1D is left"
+            + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
+        )
+    _check(sites, plan)
+    if calibration is not None and text is not None:
+        raise ZeroskipError("give calibration= or text=, not both")
+    if text is not None:
+        calibration = text_batches(model, text, tokenizer, plan.settings["seed"])
+    if plan.recipe.needs and calibration is None:
+        raise ZeroskipError(
+            f"method {plan.recipe.name!r} needs data: give calibration= batches, or text= and tokenizer="
+        )
+
+    report = Report(plan.settings, skipped=skipped)
+    with _evaluating(model):
+        if plan.recipe.needs:
+            _calibrated(model, plan, sites, blocks, calibration, journal, report, progress)
+        else:
+            _plainly(model, plan, sites, blocks, journal, report, progress)
+    if not report.rows:
+        raise ZeroskipError(f"nothing was pruned: every site {UNSEEN}; give data that reaches the model's blocks")
+    order = {site.name: index for index, site in enumerate(sites)}
+    report.rows.sort(key=lambda row: order[row.name])
+    report.seconds = time.perf_counter() - started
+    object.__setattr__(model, "zeroskip_report", report)
+    return report
+
+
+# What is asked ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    settings: dict[str, Any]
+    recipe: Recipe
+    pattern: Pattern
+    sparsity: float
+
+
+def _plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> _Plan:
+    settings = dict(given)
+    if recipe is not None:
+        if not isinstance(recipe, Mapping):
+            raise ZeroskipError(f"recipe is a {type(recipe).__name__}: give a dict")
+        for key, value in recipe.items():
+            if key not in DEFAULTS:
+                raise ZeroskipError(f"recipe has an unknown entry {key!r}" + suggest(str(key), DEFAULTS))
+            if given[key] not in (DEFAULTS[key], value):
+                raise ZeroskipError(f"{key} is {given[key]!r}, and {value!r} in the recipe: leave one out")
+            settings[key] = value
+    for key in ("include", "exclude"):
+        value = settings[key]
+        settings[key] = None if value is None else [value] if isinstance(value, str) else list(value)
+    if not isinstance(settings["seed"], int):
+        raise ZeroskipError(f"seed is {settings['seed']!r}: give an integer")
+    composition = Recipe.parse(settings["method"])
+    pattern = Pattern.parse(settings["pattern"])
+    settings["sparsity"] = _sparsity(settings["sparsity"], pattern)
+    return _Plan(settings, composition, pattern, settings["sparsity"])
+
+
+def _sparsity(sparsity: Any, pattern: Pattern) -> float:
+    implied = pattern.sparsity
+    if sparsity is None:
+        if implied is None:
+            raise ZeroskipError(f"pattern {pattern.name!r} needs a sparsity: give a fraction of zeros in [0, 1)")
+        return implied
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ZeroskipError(f"sparsity is {sparsity!r}: give a fraction of zeros in [0, 1)")
+    if implied is not None and not math.isclose(sparsity, implied, abs_tol=1e-9):
+        raise ZeroskipError(f"pattern {pattern.name!r} has sparsity {implied:g}, not {sparsity:g}: leave sparsity out")
+    return float(sparsity)
+
+
+def _check(sites: Sequence[Site], plan: _Plan) -> None:
+    for site in sites:
+        weight = site.weight()
+        if weight.is_meta:
+            raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
+        plan.pattern.check(site.shape, site.name)
+        if not bool(torch.isfinite(weight).all()):
+            raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# The work -----------------------------------------------------------------------------------------------------------
+
+
+def _plainly(
+    model: nn.Module,
+    plan: _Plan,
+    sites: list[Site],
+    blocks: list[Block],
+    journal: str | os.PathLike[str] | None,
+    report: Report,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Prune without data."""
+    book = Journal(journal, model, plan.settings, []) if journal is not None else None
+    for index, block in enumerate(blocks):
+        _tell(progress, index, len(blocks), block)
+        inside = sites_of(block, sites)
+        if not _resumed(book, index, inside, report):
+            _finish(plan, inside, dict.fromkeys((site.name for site in inside), (0, {})), book, index, report)
+    _tell(progress, len(blocks), len(blocks), None)
+
+
+def _calibrated(
+    model: nn.Module,
+    plan: _Plan,
+    sites: list[Site],
+    blocks: list[Block],
+    calibration: Any,
+    journal: str | os.PathLike[str] | None,
+    report: Report,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Prune block after block, each on what the pruned blocks before it give."""
+    batches = read_batches(model, calibration, one_logit=all(block.name != block.group for block in blocks))
+    book = Journal(journal, model, plan.settings, batches) if journal is not None else None
+    replay = Replay(model, blocks, batches, plan.settings["seed"])
+    lost = [site for site in sites if not any(site in sites_of(block, sites) for block in replay.order)]
+    if lost:
+        # Lists whose items are used but never called: their sites, where called, are blocks of their own.
+        replay = Replay(model, [*replay.order, *(Block(s.name, s.module, s.name) for s in lost)], batches, replay.seed)
+    last = max((i for i, block in enumerate(replay.order) if sites_of(block, sites)), default=-1)
+    for index, block in enumerate(replay.order[: last + 1]):
+        _tell(progress, index, last + 1, block)
+        inside = sites_of(block, sites)
+        if not _resumed(book, index, inside, report):
+            seen = _collect(replay, block, inside, plan.recipe.needs) if inside else {}
+            _finish(plan, inside, seen, book, index, report)
+        if index < last:
+            replay.advance(block)
+    _tell(progress, last + 1, last + 1, None)
+    done = {row.name for row in report.rows}
+    report.skipped |= {site.name: UNSEEN for site in sites if site.name not in done}
+    for name in (site.name for site in sites if site.name not in done):
+        log.warning("%s %s and stays dense", name, UNSEEN)
+
+
+def _tell(progress: Callable[[int, int, str], None] | None, done: int, total: int, block: Block | None) -> None:
+    name = "" if block is None else block.name or "model"
+    log.info("block %d of %d %s", done, total, name)
+    if progress is not None:
+        progress(done, total, name)
+
+
+def _collect(
+    replay: Replay, block: Block, sites: list[Site], needs: tuple[str, ...], share: bool = True
+) -> dict[str, tuple[int, dict[str, Tensor]]]:
+    two_towers = bool(getattr(getattr(replay.model, "config", None), "is_encoder_decoder", False))
+    batch = replay.batches[0]
+
+    def visible(x: Tensor) -> Tensor | None:
+        return batch.visible(x, replay.arguments, two_towers)
+
+    collector = Collector(sites, needs, visible, share)
+    try:
+        for index, batch in enumerate(replay.batches):
+            collector.next_run()
+            replay.collect(block, index)
+        return {site.name: collector.result(site) for site in sites}
+    except SharingError:
+        collector.close()
+        return _collect(replay, block, sites, needs, share=False)
+    finally:
+        collector.close()
+
+
+def _resumed(book: Journal | None, index: int, sites: list[Site], report: Report) -> bool:
+    """Write the weights that the journal holds for this block, if it does."""
+    found = book.load(index) if book is not None else None
+    if found is None:
+        return False
+    weights, rows = found
+    for site in sites:
+        if site.name in weights:
+            site.write(weights[site.name].to(site.weight().device))
+    report.rows += [Row(**row) for row in rows]
+    return True
+
+
+def _finish(
+    plan: _Plan,
+    sites: list[Site],
+    seen: dict[str, tuple[int, dict[str, Tensor]]],
+    book: Journal | None,
+    index: int,
+    report: Report,
+) -> None:
+    """Prune the sites of a block, write them, and record them."""
+    rows: list[Row] = []
+    weights: dict[str, Tensor] = {}
+    for site in sites:
+        tokens, stats = seen[site.name]
+        if plan.recipe.needs and not tokens:
+            continue
+        row, weights[site.name] = prune_site(
+            site, plan.recipe, plan.pattern, plan.sparsity, stats, plan.settings["seed"]
+        )
+        row.tokens = tokens
+        rows.append(row)
+    if book is not None:
+        book.record(index, weights, [asdict(row) for row in rows])
+    report.rows += rows
+
+
+@torch.no_grad()
+def prune_site(
+    site: Site, recipe: Recipe, pattern: Pattern, sparsity: float, stats: Mapping[str, Tensor], seed: int
+) -> tuple[Row, Tensor]:
+    """Prune one site in place; return its row of the report and the weight that was written."""
+    started = time.perf_counter()
+    old = site.weight().float()
+    new = torch.empty_like(old)
+    draw = generator(seed, site.name, old.device)
+    notes: list[str] = []
+    before = after = total = 0.0
+    for group, weight in enumerate(old):
+        part = {name: value[group] for name, value in stats.items()}
+        problem = Problem(site.name, weight, pattern, sparsity, part, draw)
+        first, last = recipe.run(problem)
+        new[group] = last.weight.masked_fill(~last.keep, 0.0)
+        notes += last.notes
+        if "gram" in part:
+            total += _energy(weight, part["gram"])
+            before += _energy(weight - first.weight, part["gram"])
+            after += _energy(weight - new[group], part["gram"])
+    site.write(new)
+    written = site.weight()
+    row = Row(
+        name=site.name,
+        shape=list(site.shape),
+        pattern=pattern.name,
+        sparsity_asked=sparsity,
+        sparsity=float((written == 0).double().mean()),
+        error_before=before / total if total else None,
+        error=after / total if total else None,
+        tokens=0,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+    return row, written
+
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    """||W X||^2 from G = X^T X."""
+    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
