@@ -1,0 +1,128 @@
+// The only file that knows nanobind. It takes addresses, checks everything once, and releases the GIL around kernels.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+
+#include "blob.h"
+#include "handles.h"
+#include "isa.h"
+#include "table.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Names = std::vector<std::string>;
+
+const uint8_t* bytes(uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); }
+
+bool runs_here(const zs::Kernel& kernel) {
+  for (int row = 0; row <= zs::isa::active(); ++row)
+    if (kernel.isa == std::string(zs::isa::name(row))) return true;
+  return false;
+}
+
+const zs::Kernel* named(const zs::Header& header, const std::string& name) {
+  const zs::Kernel* kernel = zs::find_kernel(name.c_str());
+  if (!kernel) throw std::invalid_argument("unknown kernel '" + name + "'");
+  if (!runs_here(*kernel)) throw std::invalid_argument("kernel '" + name + "' needs an ISA row that is not in force");
+  if (std::string(header.format, strnlen(header.format, 8)) != kernel->format ||
+      header.values != static_cast<uint8_t>(kernel->values))
+    throw std::invalid_argument("kernel '" + name + "' does not serve this blob");
+  return kernel;
+}
+
+// x: [tokens, k] and y: [tokens, m] of type `type` (1 fp32, 2 bf16, 3 fp16); bias: fp32 [m] or 0.
+void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
+            int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
+  const auto handle = zs::handle_of(bytes(blob), nbytes);
+  const zs::Header& header = handle->weight.header;
+  if (k != header.k || m != header.m)
+    throw std::invalid_argument("the packed weight is " + std::to_string(header.m) + " x " + std::to_string(header.k) +
+                                ", the call has " + std::to_string(m) + " outputs and " + std::to_string(k) +
+                                " inputs");
+  if (type < 1 || type > 3 || activation < 0 || activation > 5 || threads < 1)
+    throw std::invalid_argument("type, activation or thread count out of range");
+  if (tokens == 0) return;
+  const zs::Kernel* kernel = name ? named(header, *name) : handle->kernel_for(tokens);
+  if (!kernel) throw std::invalid_argument("no kernel for this format and value type in this build");
+  const zs::Call call{&handle->weight,
+                      bytes(x),
+                      reinterpret_cast<const float*>(bias),
+                      reinterpret_cast<void*>(y),
+                      static_cast<zs::Type>(type),
+                      static_cast<zs::Activation>(activation),
+                      tokens,
+                      nullptr};
+  nb::gil_scoped_release release;
+  zs::run(*kernel, call, threads);
+}
+
+void check(uintptr_t blob, uint64_t nbytes) { zs::handle_of(bytes(blob), nbytes); }
+
+Names kernels(uintptr_t blob, uint64_t nbytes) {
+  const auto handle = zs::handle_of(bytes(blob), nbytes);
+  Names names;
+  const zs::Kernel* kernel = nullptr;
+  while ((kernel = zs::next_kernel(handle->weight.header, kernel))) names.push_back(kernel->name);
+  return names;
+}
+
+std::string chosen(uintptr_t blob, uint64_t nbytes, int64_t tokens) {
+  const zs::Kernel* kernel = zs::handle_of(bytes(blob), nbytes)->kernel_for(tokens);
+  return kernel ? kernel->name : "";
+}
+
+void tune(uintptr_t blob, uint64_t nbytes, const std::vector<std::pair<std::optional<int64_t>, std::string>>& buckets) {
+  const auto handle = zs::handle_of(bytes(blob), nbytes);
+  std::vector<zs::Bucket> table;
+  int64_t last = 0;
+  for (const auto& [max_tokens, name] : buckets) {
+    const int64_t limit = max_tokens.value_or(std::numeric_limits<int64_t>::max());
+    if (limit <= last) throw std::invalid_argument("token buckets must ascend");
+    table.push_back({last = limit, named(handle->weight.header, name)});
+  }
+  if (last != std::numeric_limits<int64_t>::max()) throw std::invalid_argument("the last token bucket must be open");
+  zs::tune(handle->weight.header, std::move(table));
+}
+
+std::vector<std::pair<std::string, std::optional<std::string>>> isa_rows() {
+  std::vector<std::pair<std::string, std::optional<std::string>>> rows;
+  for (int row = 0; row < zs::isa::count(); ++row) {
+    const char* missing = zs::isa::missing(row);
+    rows.emplace_back(zs::isa::name(row), missing ? std::optional<std::string>(missing) : std::nullopt);
+  }
+  return rows;
+}
+
+Names all_kernels() {
+  Names names;
+  for (int i = 0; i < zs::kernel_count(); ++i) names.push_back(zs::kernel_at(i)->name);
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_core, module) {
+  module.doc() = "Kernels on packed weights. Takes addresses; use zeroskip.ops.";
+  module.def("linear", &linear, nb::arg("x"), nb::arg("type"), nb::arg("tokens"), nb::arg("k"), nb::arg("blob"),
+             nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"), nb::arg("threads"),
+             nb::arg("kernel") = nb::none());
+  module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
+  module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });
+  module.def("kernels", &kernels, nb::arg("blob"), nb::arg("nbytes"));
+  module.def("chosen", &chosen, nb::arg("blob"), nb::arg("nbytes"), nb::arg("tokens"));
+  module.def("tune", &tune, nb::arg("blob"), nb::arg("nbytes"), nb::arg("buckets"));
+  module.def("forget_tuning", &zs::forget_tuning);
+  module.def("isa_rows", &isa_rows);
+  module.def("isa_active", [] { return std::string(zs::isa::name(zs::isa::active())); });
+  module.def("isa_limit", [](const std::string& row) { return zs::isa::limit(row.c_str()); });
+  module.def("all_kernels", &all_kernels);
+}

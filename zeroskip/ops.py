@@ -1,0 +1,130 @@
+"""The one route from a tensor to a kernel, eager and compiled alike: `torch.ops.zeroskip.linear`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zeroskip import _core
+from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.formats.base import Packed
+
+__all__ = ["ACTIVATIONS", "activation_code", "kernels", "linear", "run", "tune"]
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
+_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True  # a parallel region hangs in a forked child: its pool of threads was not copied
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def activation_code(activation: str | None) -> int:
+    """The code of an activation's name (None is ``"none"``); an unknown one raises ZeroskipError."""
+    name = activation or "none"
+    if name not in ACTIVATIONS:
+        raise ZeroskipError(f"unknown activation {name!r}{suggest(name, ACTIVATIONS)}")
+    return ACTIVATIONS.index(name)
+
+
+def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str | None) -> Tensor:
+    kind = _TYPES.get(x.dtype)
+    if kind is None:
+        raise ZeroskipError(f"x is {x.dtype}: packed weights take float32, bfloat16 or float16 activations")
+    if x.dim() == 0 or blob.dtype != torch.int8:
+        raise ZeroskipError(f"expected x [..., k] and an int8 blob, got x {list(x.shape)} and {blob.dtype}")
+    k = x.shape[-1]
+    x = x.contiguous()
+    address = 0
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != m:
+            raise ZeroskipError(f"bias has shape {list(bias.shape)}, expected [{m}]")
+        bias = bias.to(torch.float32).contiguous()
+        address = bias.data_ptr()
+    if blob.data_ptr() % 64 or not blob.is_contiguous():
+        blob = blob.clone()
+    y = torch.empty(x.shape[:-1] + (m,), dtype=x.dtype)
+    try:
+        _core.linear(
+            x.data_ptr(), kind, x.numel() // k if k else 0, k, blob.data_ptr(), blob.numel(), address, act,
+            y.data_ptr(), m, 1 if _forked else torch.get_num_threads(), kernel,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ZeroskipError(str(error)) from None
+    return y
+
+
+def _linear_cpu(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int) -> Tensor:
+    return _call(x, blob, bias, m, act, None)
+
+
+def _linear_fake(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int) -> Tensor:
+    return x.new_empty(x.shape[:-1] + (m,))
+
+
+_library = torch.library.Library("zeroskip", "DEF")
+_library.define("linear(Tensor x, Tensor blob, Tensor? bias, int m, int act) -> Tensor")
+_library.impl("linear", _linear_cpu, "CPU")
+torch.library.register_fake("zeroskip::linear", _linear_fake, lib=_library)
+
+
+def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """y = activation(x Wᵀ + bias) for a packed W [m, k].
+
+    Parameters
+    ----------
+    x
+        [..., k], float32, bfloat16 or float16, any strides; not modified.
+    bias
+        [m] or None.
+    activation
+        None or a name of `ACTIVATIONS`, applied to the fp32 sum.
+
+    Returns
+    -------
+    Tensor
+        [..., m] in x's dtype. Sums are fp32; a skipped weight contributes 0, also where x is Inf or NaN.
+
+    Raises
+    ------
+    ZeroskipError
+        A dtype, shape or name that does not fit; the line states it.
+    """
+    result: Tensor = torch.ops.zeroskip.linear(x, packed.blob, bias, packed.shape[0], activation_code(activation))
+    return result
+
+
+def run(
+    packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None, kernel: str | None = None
+) -> Tensor:
+    """Like `linear`, with one kernel forced (None: the one chosen for this many tokens)."""
+    return _call(x, packed.blob, bias, packed.shape[0], activation_code(activation), kernel)
+
+
+def kernels(packed: Packed) -> tuple[str, ...]:
+    """The kernels that can serve this blob on this CPU, highest ISA row first."""
+    return tuple(_core.kernels(packed.blob.data_ptr(), packed.blob.numel()))
+
+
+def tune(packed: Packed, buckets: Sequence[tuple[int | None, str]]) -> None:
+    """Set which kernel serves which token counts, for every blob of this key in the process.
+
+    The key is format, value type, shape, pattern, and nnz within 2 %.
+
+    Parameters
+    ----------
+    buckets
+        (max_tokens, kernel) in ascending order; the last max_tokens is None (open).
+    """
+    try:
+        _core.tune(packed.blob.data_ptr(), packed.blob.numel(), list(buckets))
+    except ValueError as error:
+        raise ZeroskipError(str(error)) from None
