@@ -1,0 +1,164 @@
+"""Measure one site: every candidate checked against float64 first, then raced, at each token count."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.bench.candidates import Call, Layout, copies_for, layouts
+from zeroskip.bench.oracle import Oracle
+from zeroskip.bench.timer import Race, race
+
+__all__ = ["CACHE_BYTES", "Measured", "measure", "runner_name", "tell_apart"]
+
+log = logging.getLogger(__name__)
+
+# Working sets above this are no colder, and copies of this size are affordable beside any model worth compiling.
+CACHE_BYTES = 256 << 20
+
+
+@dataclass
+class Measured:
+    """What was found about one site (or about all sites that share its key).
+
+    Attributes
+    ----------
+    layouts : list of Layout
+    races : {tokens: Race}
+        Runners are named ``'bitmask bf16/spmm_bitmask_bf16_avx2'``.
+    refused : {label: reason}
+        Formats that do not accept the weight, rivals not available here.
+    wrong : {runner: problem}
+        Candidates whose output failed the oracle; they were not timed.
+    """
+
+    layouts: list[Layout]
+    races: dict[int, Race]
+    refused: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+
+    def layout(self, label: str) -> Layout:
+        return next(layout for layout in self.layouts if layout.label == label)
+
+    def runners(self, label: str, tokens: int) -> list[str]:
+        """Return the runners of a layout that were timed at this token count."""
+        return [name for name in self.races[tokens].names if name.rpartition("/")[0] == label]
+
+
+def runner_name(layout: Layout, kernel: str) -> str:
+    return f"{layout.label}/{kernel}"
+
+
+def measure(
+    module: nn.Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    values: tuple[str, ...],
+    tokens: tuple[int, ...],
+    working_set_bytes: int,
+    budget_s: float = 0.5,
+) -> Measured:
+    """Measure everything that can run the site.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The dense layer as it stands; it is not modified.
+    weight : Tensor [m, k], bias : Tensor [m] or None
+        What it computes with.
+    values : tuple of str
+        Storage that may compete, the model's own first.
+    tokens : tuple of int
+        Token counts.
+    working_set_bytes : int
+        Bytes of weights that the whole model touches in one step; capped at CACHE_BYTES.
+    budget_s : float
+        Seconds of timing at each token count.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # what is packed here may be installed, so: ordinary tensors
+        found, refused = layouts(module, weight, bias, values, max(tokens))
+    return measure_layouts(
+        found, weight, bias, tokens=tokens, working_set_bytes=working_set_bytes, budget_s=budget_s, refused=refused
+    )
+
+
+def measure_layouts(
+    found: list[Layout],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    tokens: tuple[int, ...],
+    working_set_bytes: int,
+    budget_s: float,
+    refused: dict[str, str] | None = None,
+) -> Measured:
+    """As `measure`, for layouts made beforehand."""
+    result = Measured(found, {}, dict(refused or {}))
+    with torch.inference_mode():
+        field_of = list(copies_for(found, min(working_set_bytes, CACHE_BYTES)))
+        for count in sorted(tokens):
+            runners = _checked(result, field_of, weight, bias, count)
+            result.races[count] = race(runners, budget_s=budget_s, settled=tell_apart(result))
+    return result
+
+
+def _checked(
+    result: Measured, field_of: list[tuple[Layout, str, list[Call]]], weight: Tensor, bias: Tensor | None, tokens: int
+) -> dict[str, list[Callable[[], object]]]:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
+    oracle = Oracle(weight, bias, x)
+    runners: dict[str, list[Callable[[], object]]] = {}
+    for layout, kernel, calls in field_of:
+        name = runner_name(layout, kernel)
+        if name in result.wrong:
+            continue
+        try:
+            problem = oracle.problem(calls[0](x), layout.values)
+        except RuntimeError as error:
+            problem = f"failed: {str(error).splitlines()[0]}"
+        if problem is not None and layout is not result.layouts[0]:
+            log.error("%s at %d tokens %s; it is not used", name, tokens, problem)
+            result.wrong[name] = f"at {tokens} tokens {problem}"
+            for past in result.races.values():
+                past.samples.pop(name, None)
+            continue
+        if problem is not None:  # the layer as it stands is what the model means, right or not
+            log.warning("the model's own layer at %d tokens %s", tokens, problem)
+        runners[name] = [_bound(call, x) for call in calls]
+    return runners
+
+
+def _bound(call: Call, x: Tensor) -> Callable[[], object]:
+    return lambda: call(x)
+
+
+def tell_apart(result: Measured) -> Callable[[Race], bool]:
+    """Return the question that a race of these layouts has to settle.
+
+    Each running sparse candidate is clearly ahead of or behind the fastest dense one, or level with it within 1.5 %;
+    the two fastest dense ones are known within 2 %.
+    """
+    dense_labels = {layout.label for layout in result.layouts if layout.dense}
+
+    def settled(seen: Race) -> bool:
+        running = seen.running
+        dense = [name for name in seen.names if name.rpartition("/")[0] in dense_labels]
+        if not dense:
+            return True
+        best = seen.fastest(dense)
+        for name in running:
+            if name == best:
+                continue
+            ratio = seen.ratio(best, name)
+            apart = ratio.low > 1.0 or ratio.high < 0.98
+            if not apart and ratio.noise > 0.015:
+                return False
+        return True
+
+    return settled

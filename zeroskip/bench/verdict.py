@@ -1,0 +1,97 @@
+"""Whether the compiled model stays: the whole model against its dense self, and the way back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroskip.bench.timer import Race, Ratio
+from zeroskip.bench.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
+from zeroskip.install import put_in, thaw
+from zeroskip.machine import available_memory_bytes
+from zeroskip.plan import ModelCheck
+
+__all__ = ["Verdict"]
+
+log = logging.getLogger(__name__)
+
+SLOWER = 0.98  # below this a model is put back
+BUDGET_S = 2.0  # seconds at each token count
+KEEP_BOTH = 0.25  # of the free memory: dense layers that need no more are kept until the verdict
+
+
+class Verdict:
+    """Follows a model through compilation and decides whether it stays compiled.
+
+    `before` is called while the model is dense, `installed` for each layer that is about to be replaced, `after` when
+    all are; `put_back` undoes everything at any time.
+    """
+
+    def __init__(self, model: nn.Module, counts: tuple[int, ...], example_inputs: Any) -> None:
+        self.model = model
+        with evaluating(model):
+            self.calls: dict[int, Call] | str = model_calls(model, counts, example_inputs)
+        self.swaps: dict[str, tuple[nn.Module | None, nn.Module]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.keeps_both = True
+        self.dense_races: dict[int, Race] = {}
+
+    def before(self, dense_bytes: int) -> None:
+        """Decide whether both versions fit into memory; time the dense one now if they do not."""
+        self.keeps_both = dense_bytes <= KEEP_BOTH * available_memory_bytes()
+        if not self.keeps_both and not isinstance(self.calls, str):
+            with evaluating(self.model):
+                self.dense_races = with_control(self.calls, BUDGET_S)
+
+    def installed(self, name: str, old: nn.Module, new: nn.Module) -> None:
+        """Remember that `new` takes the place of `old`."""
+        if old is new:
+            return
+        weight = getattr(old, "weight", None)
+        if isinstance(weight, torch.Tensor):
+            self.dtypes[name] = weight.dtype
+        self.swaps[name] = (old if self.keeps_both else None, new)
+
+    def after(self) -> ModelCheck:
+        """Compare, and put the model back if it is slower."""
+        if not self.swaps:
+            return ModelCheck("eager", "kept", "nothing was replaced: the model is its dense self")
+        if isinstance(self.calls, str):
+            return ModelCheck("eager", "skipped", self.calls)
+        with evaluating(self.model):
+            ratios = self._ratios(self.calls, BUDGET_S)
+            doubtful = {t: self.calls[t] for t, ratio in ratios.items() if ratio.value < SLOWER <= ratio.high}
+            if doubtful and self.keeps_both:
+                ratios.update(self._ratios(doubtful, 3 * BUDGET_S))
+        slower = any(ratio.value < SLOWER for ratio in ratios.values())
+        if slower:
+            self.put_back()
+        method = "interleaved" if self.keeps_both else "one after the other, each against the same control"
+        found = {t: (ratio.value, ratio.low, ratio.high) for t, ratio in ratios.items()}
+        return ModelCheck("eager", "put back" if slower else "kept", method, found)
+
+    def put_back(self) -> None:
+        """Restore the dense layers: those that were kept, else read again or unpacked."""
+        if self.keeps_both:
+            self._dense()
+        else:
+            thaw(self.model, self.dtypes, only=set(self.swaps))
+
+    def _ratios(self, calls: dict[int, Call], budget_s: float) -> dict[int, Ratio]:
+        if self.keeps_both:
+            return interleaved(calls, self._dense, self._compiled, budget_s)
+        after = with_control(calls, budget_s)
+        return {t: ratio_by_control(self.dense_races[t], after[t]) for t in calls}
+
+    def _dense(self) -> None:
+        for old, new in self.swaps.values():
+            if old is not None:
+                put_in(self.model, new, old)
+
+    def _compiled(self) -> None:
+        for old, new in self.swaps.values():
+            if old is not None:
+                put_in(self.model, old, new)

@@ -1,0 +1,274 @@
+"""`zs.compile`: measure every way to run each site on this machine, install the best, check the whole model.
+
+The rule of choice is in bench/choose.py. What was measured and chosen is the plan, which the model carries; the last
+word has the whole model, which must not be slower than its dense self.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.bench.candidates import NAMES, allowed_values, check_precision
+from zeroskip.bench.choose import Choice, choose
+from zeroskip.bench.measure import Measured, measure
+from zeroskip.bench.verdict import Verdict
+from zeroskip.errors import ZeroskipError
+from zeroskip.install import apply_tuning, build, fits, put_in, thaw, weights_of
+from zeroskip.machine import this_machine
+from zeroskip.model import Site, select_sites
+from zeroskip.plan import ModelCheck, Plan, SitePlan
+from zeroskip.tokens import Tokens
+from zeroskip.zeros import Zeros, find_zeros
+
+__all__ = ["apply_tuning", "compile"]
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+NEAR = 0.02  # weights whose non-zeros differ by less are measured once
+
+
+def compile(
+    model: nn.Module,
+    tokens: int | Sequence[int] | Mapping[int, float] = (1, 32, 512),
+    precision: str | None = None,
+    example_inputs: Any = None,
+    plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    budget_s: float = 0.5,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Make a model as fast as its zeros allow on this machine, never slower than it was.
+
+    Works in place. At every site the dense layers of torch and all our formats are measured at each token count, with
+    cold weights and interleaved; a sparse one is installed only if it is at least 0.98x the fastest dense at every
+    count and wins over all. Then the model as a whole is run against its dense self, and put back if it is slower at
+    any of the counts (below 0.98x). The weights put back are the original ones; for a model too large to keep both
+    they are read again from its files, or else unpacked at the precision chosen.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the CPU, pruned or not. A model that is compiled already is measured anew.
+    tokens : sequence of int, or mapping from int to weight
+        The token counts to be good at, or how often each occurs.
+    precision : None, "fp32" or "bf16"
+        None keeps the precision of the weights. Else storage and compute down to it compete too, dense and sparse
+        alike; activations keep their dtype between the layers. fp16 weights stay dense unless one is given.
+    example_inputs : tensor, tuple of arguments or dict of keyword arguments, optional
+        For the check of the whole model; transformers models get synthetic ids without it, others are not checked.
+    plan : Plan, its dictionary or its file, optional
+        A plan made on this machine is applied without measuring. One of another machine is measured again.
+    budget_s : float
+        Seconds of timing for each distinct site at each token count; races that are clear end earlier.
+    progress : function (done, total, site name), optional
+        Called after each site.
+
+    Returns
+    -------
+    nn.Module
+        The same model; `plan_of(model)` is its plan.
+
+    Raises
+    ------
+    ZeroskipError
+        For token counts, a precision or example inputs that cannot be used, weights that are not finite or not on the
+        CPU, and a plan that was made for another model. The model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    wanted, precision = Tokens.parse(tokens), check_precision(precision)
+    given = _read(plan)
+    for name in thaw(model):
+        log.info("%s was compiled before; it is measured anew", name)
+    if given is not None:
+        fits(given, model)
+        changes = given.machine.differences(this_machine())
+        if not changes:
+            return _apply(model, given)
+        log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
+    sites, notes = _sites(model, precision)
+    made = Plan(this_machine(), wanted, precision, notes=notes)
+    if given is not None:
+        made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
+    _run(model, sites, made, Verdict(model, wanted.counts, example_inputs), budget_s, progress)
+    object.__setattr__(model, "zeroskip_plan", made)
+    log.info("%s", made)
+    return model
+
+
+def _run(
+    model: nn.Module, sites: list[Site], plan: Plan, verdict: Verdict, budget_s: float, progress: Progress | None
+) -> None:
+    """Measure, choose and install site by site, then let the whole model decide; any failure puts everything back."""
+    working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
+    planner = Planner(plan.tokens, plan.precision, working_set, budget_s)
+    verdict.before(working_set)
+    try:
+        for done, site in enumerate(sites, start=1):
+            choice = planner.plan(site, plan.notes)
+            new = build(choice, site, max(plan.tokens.counts))
+            if hasattr(new, "weight") and new is not site.module:
+                choice.bytes_after = _stored_bytes(new)
+            plan.sites.append(choice)
+            verdict.installed(site.name, site.module, new)
+            put_in(model, site.module, new)
+            if progress is not None:
+                progress(done, len(sites), site.name)
+        check = verdict.after()
+    except BaseException:
+        verdict.put_back()
+        raise
+    plan.checks.append(check)
+    if check.outcome == "put back":
+        plan.sites = [_stayed(choice, check) for choice in plan.sites]
+        log.warning("%s", check)
+
+
+class Planner:
+    """Measures sites and chooses for them; sites that share a key are measured once.
+
+    The key is shape, dtype, pattern, non-zeros within 2 %, and whether there is a bias. The number of threads is the
+    process's.
+    """
+
+    def __init__(self, tokens: Tokens, precision: str | None, working_set_bytes: int, budget_s: float) -> None:
+        self.tokens, self.precision = tokens, precision
+        self.working_set_bytes, self.budget_s = working_set_bytes, budget_s
+        self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
+
+    def plan(self, site: Site, notes: list[str]) -> SitePlan:
+        """Return the plan of one site, measured here or at an earlier site of the same key."""
+        weight, bias = weights_of(site)
+        zeros = find_zeros(weight)
+        key = (*weight.shape, weight.dtype, zeros.pattern, bias is not None)
+        for nnz, known in self._known.setdefault(key, []):
+            if abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
+                return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
+        log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
+        measured = self.measure(site, weight, bias)
+        made = site_plan(site.name, weight, zeros, measured, choose(measured, self.tokens))
+        notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
+        self._known[key].append((zeros.nnz, made))
+        return made
+
+    def measure(self, site: Site, weight: Tensor, bias: Tensor | None) -> Measured:
+        return measure(
+            site.module,
+            weight,
+            bias,
+            values=allowed_values(weight.dtype, self.precision),
+            tokens=self.tokens.counts,
+            working_set_bytes=self.working_set_bytes,
+            budget_s=self.budget_s,
+        )
+
+
+def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choice: Choice) -> SitePlan:
+    """Write down what was measured and chosen at one site."""
+    layout = measured.layout(choice.label)
+    times: dict[str, dict[str, dict[int, float]]] = {}
+    for tokens, result in measured.races.items():
+        for runner in result.names:
+            label, _, kernel = runner.rpartition("/")
+            times.setdefault(label, {}).setdefault(kernel, {})[tokens] = result.median(runner) * 1e3
+    return SitePlan(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=NAMES[weight.dtype],
+        pattern=zeros.pattern,
+        sparsity=zeros.sparsity,
+        format=layout.format,
+        values=layout.values,
+        kernels=choice.buckets,
+        reason=choice.reason,
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=layout.nbytes,
+        times_ms=times,
+        speedups=choice.ratios,
+        excluded={**measured.refused, **measured.wrong},
+        measured_at=name,
+    )
+
+
+def check_weights(sites: list[Site]) -> None:
+    """Raise ZeroskipError if a weight is not on the CPU or holds NaN or Inf; the line names the site."""
+    for site in sites:
+        weight = site.weight()
+        if weight.device.type != "cpu":
+            raise ZeroskipError(f"{site.name}: the weight is on {weight.device}; move the model with .to('cpu') first")
+        if not bool(torch.isfinite(weight).all()):
+            raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
+
+
+def _sites(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
+    """Return the sites that can be planned, and one note for each kind that cannot."""
+    every, skipped = select_sites(model, exclude=())
+    notes = [f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items()]
+    check_weights(every)
+    sites = [site for site in every if site.shape[0] == 1 and allowed_values(site.weight().dtype, precision)]
+    for site in every:
+        if site.shape[0] != 1:
+            notes.append(f"{site.name}: stays dense, stacks of matrices are not compiled yet")
+    left = [site for site in every if not allowed_values(site.weight().dtype, precision)]
+    for name in sorted({NAMES.get(site.weight().dtype, str(site.weight().dtype)) for site in left}):
+        cure = "; give precision='bf16' or 'fp32' to have them measured" if name == "fp16" else ""
+        notes.append(f"{len(left)} sites stay dense: their {name} weights have no kernels{cure}")
+    if not every:
+        notes.append("the model has no linear layers to compile")
+    for note in notes:
+        log.info("%s", note)
+    return sites, notes
+
+
+def _apply(model: nn.Module, given: Plan) -> nn.Module:
+    """Install what a plan of this machine says, without measuring."""
+    plan = copy.deepcopy(given)
+    sites = fits(plan, model)
+    check_weights(list(sites.values()))
+    # Everything is packed before anything is installed, so that a plan that does not fit leaves the model as it was.
+    new = [build(choice, sites[choice.name], max(plan.tokens.counts)) for choice in plan.sites]
+    for choice, module in zip(plan.sites, new, strict=True):
+        choice.sparsity = find_zeros(weights_of(sites[choice.name])[0]).sparsity
+        choice.bytes_after = _stored_bytes(module)
+        put_in(model, sites[choice.name].module, module)
+    object.__setattr__(model, "zeroskip_plan", plan)
+    return model
+
+
+def _stayed(choice: SitePlan, check: ModelCheck) -> SitePlan:
+    reason = choice.reason
+    if choice.label != f"linear {choice.dtype}":
+        reason = f"put back: the model as a whole was slower; by itself, {reason}"
+    return replace(
+        choice,
+        format="linear",
+        values=choice.dtype,
+        kernels=[(None, "torch")],
+        bytes_after=choice.bytes_before,
+        reason=reason,
+    )
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    nbytes = getattr(module, "nbytes", None)
+    return nbytes if isinstance(nbytes, int) else int(getattr(module, "weight").nbytes)  # noqa: B009
+
+
+def _read(plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None) -> Plan | None:
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.from_dict(dict(plan))
+    if isinstance(plan, str | os.PathLike):
+        return Plan.load(Path(plan))
+    raise ZeroskipError(f"plan is a {type(plan).__name__}: give a Plan, its dictionary or the path of its file")

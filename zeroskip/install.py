@@ -1,0 +1,217 @@
+"""Put what a plan chose into the model's sites, and take it out again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip import ops
+from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.errors import ZeroskipError
+from zeroskip.formats import Packed, pack, unpack
+from zeroskip.machine import this_machine
+from zeroskip.model import Site, find_sites
+from zeroskip.nn import PackedLinear
+from zeroskip.plan import Plan, SitePlan
+
+__all__ = ["apply_tuning", "build", "compiled_layers", "put_in", "stored_weight", "thaw", "weights_of"]
+
+log = logging.getLogger(__name__)
+
+COMPILED = (PackedLinear, OneDnnLinear, DenseLinear)
+
+
+def weights_of(site: Site) -> tuple[Tensor, Tensor | None]:
+    """Return the site's weight [m, k], contiguous, and its bias [m]; views where possible."""
+    bias = site.bias
+    return site.weight()[0].detach().contiguous(), None if bias is None else bias.detach()
+
+
+def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
+    """Return the module that the plan wants at this site; the site's own where it stays dense as it is.
+
+    The tuning table of the process is filled for the packed weight. `tokens` is the largest count to be good at.
+
+    Raises
+    ------
+    ZeroskipError
+        If the format cannot hold the weight: its zeros are not those the plan was made for.
+    """
+    if choice.format == "linear" and choice.values == choice.dtype:
+        return site.module
+    with torch.inference_mode(False), torch.no_grad():
+        weight, bias = weights_of(site)
+        if choice.format == "linear":
+            return DenseLinear.pack(weight, bias, choice.values)
+        if choice.format == "onednn":
+            return OneDnnLinear(weight, bias, choice.values, tokens)
+        try:
+            packed = pack(weight, format=choice.format, values=choice.values)
+            ops.tune(packed, choice.kernels)
+        except ValueError as error:
+            raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error
+        return PackedLinear.from_packed(packed, bias, None)
+
+
+def put_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace the module `old` by `new` under every name it has in the model."""
+    if old is new:
+        return
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def compiled_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) for every layer that a plan put into the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, COMPILED):
+            yield name, module
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """Return the dense weight [m, k] of a layer that a plan installed, in its stored precision."""
+    if isinstance(layer, PackedLinear):
+        return unpack(Packed.from_blob(layer.weight.detach()))
+    return cast(Tensor, layer.weight).detach()
+
+
+def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: set[str] | None = None) -> list[str]:
+    """Turn installed layers back into nn.Linear, in place, and return their names.
+
+    The weight is read again from the safetensors files that the model was loaded from if it is there with the same
+    values (up to the stored precision), else it is the stored one: a weight packed in bf16 stays rounded to bf16.
+
+    Parameters
+    ----------
+    dtypes : {name: dtype}, optional
+        Of the dense layers; by default that of the model's other parameters, else the stored one.
+    only : set of str, optional
+        The names to treat; all of them by default.
+    """
+    files = _weight_files(model)
+    common = next((p.dtype for n, p in _outside(model) if p.is_floating_point()), None)
+    names: list[str] = []
+    for name, layer in list(compiled_layers(model)):
+        if only is not None and name not in only:
+            continue
+        with torch.inference_mode(False), torch.no_grad():
+            weight = stored_weight(layer)
+            dtype = (dtypes or {}).get(name, common or weight.dtype)
+            dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta", dtype=dtype)
+            dense.weight = nn.Parameter(_reread(files, name, weight, dtype), requires_grad=False)
+            if isinstance(layer.bias, Tensor):
+                dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        dense.train(layer.training)
+        put_in(model, layer, dense)
+        names.append(name)
+    return names
+
+
+def apply_tuning(model: nn.Module, plan: Plan) -> None:
+    """Make a freshly loaded model run as its plan says.
+
+    On the plan's machine the tuning table is filled and layers prepacked for oneDNN are prepacked again. On another
+    one the default kernels serve until `zeroskip.compile` measures again, and the log says so. Layers that are dense
+    in another precision than the model's are set up in any case: their weights have that precision.
+    """
+    changes = plan.machine.differences(this_machine())
+    if changes:
+        log.warning("the plan was measured elsewhere (%s): default kernels serve; zs.compile measures again", changes[0])
+    layers = dict(model.named_modules())
+    for choice in plan.sites:
+        layer = layers.get(choice.name)
+        if layer is None:
+            continue
+        if isinstance(layer, PackedLinear):
+            if not changes and choice.is_packed:
+                ops.tune(Packed.from_blob(layer.weight.detach()), choice.kernels)
+        elif isinstance(layer, nn.Linear) and not choice.is_packed:
+            _set_up_dense(model, layer, choice, max(plan.tokens.counts), at_home=not changes)
+
+
+def _set_up_dense(model: nn.Module, layer: nn.Linear, choice: SitePlan, tokens: int, at_home: bool) -> None:
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    with torch.inference_mode(False), torch.no_grad():
+        if choice.format == "onednn" and at_home and onednn_problem(choice.values) is None:
+            put_in(model, layer, OneDnnLinear(weight, bias, choice.values, tokens))
+        elif choice.values != choice.dtype and choice.values in DTYPES and type(layer) is nn.Linear:
+            put_in(model, layer, DenseLinear.pack(weight, bias, choice.values))
+
+
+def _outside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    inside = {name for name, _ in compiled_layers(model)}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in inside:
+            yield name, parameter
+
+
+def _weight_files(model: nn.Module) -> dict[str, Path]:
+    """Return {tensor name: file} of the directory a transformers model was loaded from, empty if there is none."""
+    config: Any = getattr(model, "config", None)
+    origin = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    if not origin or not Path(origin).is_dir():
+        return {}
+    folder = Path(origin)
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        single = folder / "model.safetensors"
+        if single.is_file():
+            from safetensors import safe_open
+
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("cannot read the weights of %s again: %s", folder, error)
+    return {}
+
+
+def _reread(files: dict[str, Path], name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight in `dtype` from its file if that is the one which was packed, else from the packed one."""
+    if stored.dtype == dtype:
+        return stored
+    for key in (f"{name}.weight", f"{name.partition('.')[2]}.weight"):
+        if key not in files:
+            continue
+        from safetensors import safe_open
+
+        with safe_open(files[key], framework="pt") as file:
+            found = file.get_tensor(key)
+        if found.shape == stored.shape and torch.equal(found.to(stored.dtype) + 0.0, stored):
+            return found.to(dtype)
+    return stored.to(dtype)
+
+
+def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
+    """Return the sites of the model by name, after checking that the plan is one for this model.
+
+    Raises
+    ------
+    ZeroskipError
+        If the plan names a site that the model has not, or one of another shape or dtype.
+    """
+    from zeroskip.bench.candidates import NAMES
+    from zeroskip.errors import suggest
+
+    sites = {site.name: site for site in find_sites(model, exclude=())}
+    for choice in plan.sites:
+        site = sites.get(choice.name)
+        if site is None:
+            raise ZeroskipError(f"the plan is for another model: no site {choice.name!r}{suggest(choice.name, sites)}")
+        found = (*site.shape[1:], NAMES.get(site.weight().dtype, ""))
+        if found != (*choice.shape, choice.dtype):
+            want = "x".join(map(str, choice.shape))
+            raise ZeroskipError(
+                f"the plan is for another model: {choice.name} is {found[0]}x{found[1]} {found[2]}, "
+                f"the plan says {want} {choice.dtype}"
+            )
+    return sites

@@ -1,0 +1,253 @@
+"""A plan: what `zs.compile` measured on this machine, what it chose at every site, and why. It prints and it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.machine import Machine
+from zeroskip.tokens import Tokens
+
+__all__ = ["ModelCheck", "Plan", "SitePlan", "plan_of"]
+
+VERSION = 1
+Buckets = list[tuple[int | None, str]]
+
+
+@dataclass
+class SitePlan:
+    """One site of a plan.
+
+    Attributes
+    ----------
+    name : str
+        The module's path in the model.
+    shape : (m, k)
+        Outputs and inputs.
+    dtype : str
+        Of the dense weight: ``'fp32'``.
+    pattern : str
+        Of the zeros as found: ``'8:16@64'``, ``'unstructured'``, ``'dense'``.
+    sparsity : float
+        Fraction of zeros.
+    format, values : str
+        What is installed: a registered format, or ``'linear'`` / ``'onednn'`` (torch computes).
+    kernels : list of (most tokens or None, kernel)
+        One kernel a token bucket; the last is open.
+    reason : str
+        In words.
+    bytes_before, bytes_after : int
+        Of the weight.
+    times_ms : {layout: {kernel: {tokens: ms}}}
+        Medians of every candidate that was measured.
+    speedups : {layout: {tokens: ratio}}
+        Against the fastest dense candidate at that count.
+    excluded : {layout or runner: reason}
+        What could not compete: formats that refused the weight, kernels that failed the oracle.
+    measured_at : str
+        The site where these times were taken (sites that share a key are measured once).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    pattern: str
+    sparsity: float
+    format: str
+    values: str
+    kernels: Buckets
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    times_ms: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    speedups: dict[str, dict[int, float]] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+    measured_at: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.format} {self.values}"
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the site is served by a format of ours; torch computes it otherwise."""
+        return self.format not in ("linear", "onednn")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> SitePlan:
+        known = {f.name for f in fields(cls)}
+        taken: dict[str, Any] = {key: value for key, value in data.items() if key in known}
+        taken["shape"] = (int(data["shape"][0]), int(data["shape"][1]))
+        taken["kernels"] = [(None if most is None else int(most), str(kernel)) for most, kernel in data["kernels"]]
+        taken["times_ms"] = {
+            layout: {kernel: _by_tokens(times) for kernel, times in kernels.items()}
+            for layout, kernels in data.get("times_ms", {}).items()
+        }
+        taken["speedups"] = {layout: _by_tokens(each) for layout, each in data.get("speedups", {}).items()}
+        return cls(**taken)
+
+
+@dataclass
+class ModelCheck:
+    """The whole model against its dense self.
+
+    Attributes
+    ----------
+    mode : str
+        ``'eager'``: both sides run eagerly.
+    outcome : str
+        ``'kept'``, ``'put back'`` or ``'skipped'``.
+    method : str
+        How the two were compared, or why they were not.
+    ratios : {tokens: (ratio, low, high)}
+        Time of the dense model over time of the compiled one, with its interval; tokens 0 is `example_inputs`.
+    """
+
+    mode: str
+    outcome: str
+    method: str
+    ratios: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelCheck:
+        ratios = {int(t): (float(r[0]), float(r[1]), float(r[2])) for t, r in data["ratios"].items()}
+        return cls(data["mode"], data["outcome"], data["method"], ratios)
+
+    def __str__(self) -> str:
+        if not self.ratios:
+            return f"whole model ({self.mode}): {self.outcome}: {self.method}"
+        each = ", ".join(
+            f"{ratio:.2f}x ({low:.2f}-{high:.2f}) {f'at {t} tokens' if t else 'on the example inputs'}"
+            for t, (ratio, low, high) in self.ratios.items()
+        )
+        return f"whole model ({self.mode}): {each}; {self.outcome}"
+
+
+@dataclass
+class Plan:
+    """What was measured and chosen; `str(plan)` is a table.
+
+    Attributes
+    ----------
+    machine : Machine
+        Where it was measured; on any other the sites are measured again.
+    tokens : Tokens
+        The counts it is good at.
+    precision : str or None
+        As asked for.
+    sites : list of SitePlan
+    checks : list of ModelCheck
+        The whole model against its dense self.
+    notes : list of str
+        Layers that were left alone and why, kernels that failed the oracle, anything else worth knowing.
+    """
+
+    machine: Machine
+    tokens: Tokens
+    precision: str | None
+    sites: list[SitePlan] = field(default_factory=list)
+    checks: list[ModelCheck] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(site.bytes_before for site in self.sites)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(site.bytes_after for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON holds."""
+        return {
+            "version": VERSION,
+            "machine": self.machine.to_dict(),
+            "tokens": self.tokens.to_dict(),
+            "precision": self.precision,
+            "sites": [_plain(asdict(site)) for site in self.sites],
+            "checks": [_plain(asdict(check)) for check in self.checks],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises
+        ------
+        ZeroskipError
+            If it is not a plan, or one of a newer version.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise ZeroskipError(f"not a plan of version {VERSION} (version is {version!r}); compile the model again")
+        try:
+            weights = data["tokens"]["weights"]
+            counts = [int(count) for count in data["tokens"]["counts"]]
+            tokens = Tokens.parse(counts if weights is None else dict(zip(counts, weights, strict=True)))
+            sites = [SitePlan.from_dict(site) for site in data["sites"]]
+            checks = [ModelCheck.from_dict(check) for check in data["checks"]]
+            machine = Machine.from_dict(data["machine"])
+            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ZeroskipError(f"the plan is damaged: {type(error).__name__} {error}; compile the model again") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; an older file at `path` is replaced only once the new one is complete."""
+        target = Path(path)
+        beside = target.with_name(target.name + ".partial")
+        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        beside.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises
+        ------
+        ZeroskipError
+            If the file cannot be read or holds no plan; the message names it.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ZeroskipError(f"cannot read a plan from {path}: {error}") from error
+        try:
+            return cls.from_dict(data)
+        except ZeroskipError as error:
+            raise ZeroskipError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        from zeroskip.report import plan_table
+
+        return plan_table(self)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Return the plan that a compiled model carries.
+
+    Raises
+    ------
+    ZeroskipError
+        If the model was not compiled.
+    """
+    plan = getattr(model, "zeroskip_plan", None)
+    if not isinstance(plan, Plan):
+        raise ZeroskipError(f"this {type(model).__name__} carries no plan; run zs.compile on it first")
+    return plan
+
+
+def _by_tokens(times: dict[Any, Any]) -> dict[int, float]:
+    return {int(tokens): float(value) for tokens, value in times.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

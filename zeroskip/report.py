@@ -1,0 +1,83 @@
+"""Plans and analyses as plain text tables; sites that differ only in a number of their name share one row."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zeroskip.plan import Plan, SitePlan
+
+__all__ = ["human_bytes", "plan_table", "table"]
+
+WIDTH = 118
+
+
+def plan_table(plan: Plan) -> str:
+    """Return the plan as text: a table of sites, the reasons, the whole model, the notes."""
+    counts = plan.tokens.counts
+    header = ["site", "shape", "zeros", "chosen", *[f"x at {t}" for t in counts], "bytes", "why"]
+    reasons: dict[str, int] = {}
+    rows: dict[tuple[str, ...], int] = {}
+    for site in plan.sites:
+        why = reasons.setdefault(site.reason, len(reasons) + 1)
+        row = (_generic(site.name), *_cells(site, counts), f"[{why}]")
+        rows[row] = rows.get(row, 0) + 1
+    body = [[f"{name} ({count})" if count > 1 else name, *rest] for (name, *rest), count in rows.items()]
+    lines = [f"plan for {plan.machine}", f"tokens {_tokens(plan)}; precision {plan.precision or 'as in the model'}", ""]
+    lines += table(header, body) if body else ["no sites"]
+    lines.append("")
+    lines += [_wrap(f"[{number}] {reason}", 4) for reason, number in reasons.items()]
+    if plan.sites:
+        before, after = plan.bytes_before, plan.bytes_after
+        packed = sum(site.is_packed for site in plan.sites)
+        lines.append(
+            f"{packed} of {len(plan.sites)} sites packed; weights {human_bytes(before)} -> {human_bytes(after)} "
+            f"({after / max(before, 1):.0%})"
+        )
+        lines.append("x at T: times as fast as the fastest dense candidate at T tokens, measured site by site")
+    lines += [_wrap(str(check), 2) for check in plan.checks]
+    lines += [_wrap(f"note: {note}", 2) for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _cells(site: SitePlan, counts: Sequence[int]) -> list[str]:
+    zeros = f"{site.pattern} {site.sparsity:.0%}" if site.sparsity else "none"
+    speedups = site.speedups.get(site.label, {})
+    each = [f"{speedups[t]:.2f}" if t in speedups else "-" for t in counts]
+    sizes = f"{human_bytes(site.bytes_before)} -> {human_bytes(site.bytes_after)}"
+    return [f"{site.shape[0]}x{site.shape[1]}", zeros, site.label, *each, sizes]
+
+
+def _tokens(plan: Plan) -> str:
+    if plan.tokens.weights is None:
+        return ", ".join(map(str, plan.tokens.counts)) + " (each counts alike)"
+    pairs = zip(plan.tokens.counts, plan.tokens.weights, strict=True)
+    return ", ".join(f"{count} (weight {weight:g})" for count, weight in pairs)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; every column is as wide as its longest cell."""
+    body = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in body) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def human_bytes(count: int) -> str:
+    """Return a size such as ``'1.2 MB'`` (powers of 1000)."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
+
+
+def _wrap(text: str, indent: int) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
