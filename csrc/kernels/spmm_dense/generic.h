@@ -1,38 +1,5 @@
-// y = act(x W^T + b) for a dense W [m, k]: the honest rival inside the house.
-//
-// buffer   type          shape                      alignment
-// x        fp32/bf16/16  [tokens, k]                any
-// values   fp32          [m/16][k][16]              64
-//          bf16          [m/16][k/2][16][2]         64, k padded to 32
-// panel    fp32          [tokens/kBlock][k][kBlock] 64
-// y        as x          [tokens, m]                any
-//
-// Lengths are checked in check.cpp, pointers and shapes in bind.cpp. The loop is panel/fp32.h; a unit is 64 rows.
-#include "kernels/spmm_dense/layout.h"
-#include "panel/fp32.h"
+#include "kernels/spmm_dense/vector.h"
 #include "panel/table.h"
 
-namespace {
-
-zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
-  const int64_t k = weight.header.k, pass = panel::pass_tokens(k);
-  return {pass, panel::kBlock, dense::units(weight.header), (tokens < pass ? tokens : pass) * k * 4, 0};
-}
-
-void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
-  panel::pack_block(call, pass, first, tokens);
-}
-
-template <zs::Values kValues>
-void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t*) {
-  const zs::Header& header = call.weight->header;
-  const int64_t row = unit * dense::kUnitRows, bytes = dense::panel_bytes(header.k, kValues);
-  const int64_t rows = header.m - row < dense::kUnitRows ? header.m - row : dense::kUnitRows;
-  const uint8_t* values = call.weight->section[dense::kValuesSection] + row / zs::kPanel * bytes;
-  panel::multiply_strip<kValues>(call, pass, {values, bytes, nullptr, header.k, row, rows});
-}
-
-}  // namespace
-
-ZS_KERNELS(ZS_ENTRY(dense, fp32, geometry, pack, run<zs::Values::fp32>),
-           ZS_ENTRY(dense, bf16, geometry, pack, run<zs::Values::bf16>), ZS_END_OF_TABLE)
+ZS_KERNELS(ZS_ENTRY(dense, fp32, vector::geometry, vector::pack, vector::run<zs::Values::fp32>),
+           ZS_ENTRY(dense, bf16, vector::geometry, vector::pack, vector::run<zs::Values::bf16>), ZS_END_OF_TABLE)
