@@ -144,7 +144,7 @@ class Replay:
 
         def after(_: int, which: Block, output: Any) -> None:
             new.blocks.append(which)
-            new.outputs.append(output)
+            new.outputs.append(pytree.tree_map(_copy, output))
 
         self._forward(batch, record, before=before, after=after)
         if not self.keep_all:
@@ -211,7 +211,7 @@ class Replay:
         before: Callable[[int, Block, Any, Any], None] | None = None,
         after: Callable[[int, Block, Any], None] | None = None,
     ) -> Any:
-        """Run the model on a batch; calls that `record` holds are answered from it, `before` and `after` see the rest."""
+        """Run the model on a batch; calls in `record` are answered from it, `before` and `after` see the rest."""
         calls = 0
 
         def wrap(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,8 +264,8 @@ def _stop(*_: Any) -> None:
 
 
 def _copy(leaf: Any) -> Any:
-    """A fresh copy of an output, because glue may write into it; placeholders (stride 0) stay as they are."""
-    return leaf.clone() if isinstance(leaf, Tensor) and 0 not in leaf.stride() else leaf
+    """A copy of an output, because the model's glue may write into what it gets."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def digest(tree: Any) -> bytes:
@@ -274,7 +274,7 @@ def digest(tree: Any) -> bytes:
     for path, leaf in pytree.tree_leaves_with_path(tree):
         if isinstance(leaf, Tensor):
             total.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)} ".encode())
-            total.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            total.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             total.update(f"{pytree.keystr(path)} {leaf!r} ".encode())
     return total.digest()

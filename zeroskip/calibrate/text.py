@@ -24,8 +24,8 @@ def text_batches(
 ) -> list[dict[str, Tensor]]:
     """Cut text into calibration batches.
 
-    A tokenizer with a [CLS] token belongs to an encoder: every string is one row, cut to the window and padded (with its
-    attention mask) among rows of like length. Otherwise the strings, each followed by the end-of-text token, are
+    A tokenizer with a [CLS] token belongs to an encoder: every string is one row, cut to the window and padded (with
+    its attention mask) among rows of like length. Otherwise the strings, each followed by the end-of-text token, are
     joined and cut into rows of exactly one window; the rest is dropped unless there is no other row. Of more than 128
     rows, 128 are drawn by `seed`. Rows go in batches of 8.
 

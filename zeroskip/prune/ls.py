@@ -21,7 +21,7 @@ from zeroskip.prune.base import Problem, Solution, Solver
 log = logging.getLogger(__name__)
 
 RIDGE = 0.01
-TOLERANCE = 1e-4  # |residual| / |right-hand side| of every row; the error then agrees with a direct solve to 5 digits
+TOLERANCE = 3e-4  # |residual| / |right-hand side| of every row; output errors within 1 % of a direct solve, mostly .1 %
 STEPS = 1000
 
 
@@ -98,7 +98,7 @@ def by_rows(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int = 
         running = size > goal
         if not bool(running.any()):
             return change, []
-        image = (torch.addmm(ridge * direction, direction, unit)) * mask
+        image = torch.addmm(direction, direction, unit, beta=ridge).mul_(mask)
         curve = (direction * image).sum(1)
         step = torch.where(running & (curve > 0), size / curve, 0.0).unsqueeze(1)
         change.addcmul_(step, direction)

@@ -8,7 +8,7 @@ from zeroskip.prune.base import Method, Problem
 
 
 class Magnitude(Method):
-    """Needs no data. Source: Han et al. 2015, "Learning both weights and connections"; here once, without retraining."""
+    """Needs no data. Source: Han et al. 2015, "Learning both weights and connections"; here one shot."""
 
     name = "magnitude"
 

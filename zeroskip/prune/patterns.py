@@ -175,8 +175,7 @@ def _lowest(score: Tensor, count: int) -> Tensor:
 
 def _lowest_by_row(score: Tensor, total: int) -> Tensor:
     """Mark the `total` lowest of `score` [rows, n], equally many in each row up to one."""
-    rows, columns = score.shape
-    each, rest = divmod(total, rows)
+    each, rest = divmod(total, len(score))
     marked = _lowest(score, each)
     if rest:
         following = score.masked_fill(marked, torch.inf).amin(1)

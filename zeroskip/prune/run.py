@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zeroskip.calibrate import (
@@ -25,25 +23,16 @@ from zeroskip.calibrate import (
     sites_of,
     text_batches,
 )
-from zeroskip.calibrate.journal import generator
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site, select_sites
-from zeroskip.prune.base import Problem, Recipe
-from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.report import Report, Row
+from zeroskip.prune.settings import Plan, check_sites, read_plan
+from zeroskip.prune.site import prune_site
 
 __all__ = ["prune"]
 
 log = logging.getLogger(__name__)
 
-DEFAULTS: dict[str, Any] = {
-    "method": "wanda+ls",
-    "sparsity": None,
-    "pattern": "unstructured",
-    "include": None,
-    "exclude": ("lm_head",),
-    "seed": 0,
-}
 OUTSIDE = "outside the blocks; name it in include= to prune it"
 UNSEEN = "saw no calibration token"
 
@@ -114,8 +103,15 @@ def prune(
     Source: block by block with the pruned outputs fed on, as in Frantar and Alistarh 2023 (arXiv 2301.00774).
     """
     started = time.perf_counter()
-    given = dict(method=method, sparsity=sparsity, pattern=pattern, include=include, exclude=exclude, seed=seed)
-    plan = _plan(given, recipe)
+    given = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "include": include,
+        "exclude": exclude,
+        "seed": seed,
+    }
+    plan = read_plan(given, recipe)
     if loss is not None:
         raise ZeroskipError(
             f"loss= is for methods that need gradients, which {plan.recipe.name!r} does not: leave it out"
@@ -130,7 +126,7 @@ def prune(
             "the model has nothing to prune: no nn.Linear or Conv1D is left"
             + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
         )
-    _check(sites, plan)
+    check_sites(sites, plan)
     if calibration is not None and text is not None:
         raise ZeroskipError("give calibration= or text=, not both")
     if text is not None:
@@ -155,62 +151,6 @@ def prune(
     return report
 
 
-# What is asked ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Plan:
-    settings: dict[str, Any]
-    recipe: Recipe
-    pattern: Pattern
-    sparsity: float
-
-
-def _plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> _Plan:
-    settings = dict(given)
-    if recipe is not None:
-        if not isinstance(recipe, Mapping):
-            raise ZeroskipError(f"recipe is a {type(recipe).__name__}: give a dict")
-        for key, value in recipe.items():
-            if key not in DEFAULTS:
-                raise ZeroskipError(f"recipe has an unknown entry {key!r}" + suggest(str(key), DEFAULTS))
-            if given[key] not in (DEFAULTS[key], value):
-                raise ZeroskipError(f"{key} is {given[key]!r}, and {value!r} in the recipe: leave one out")
-            settings[key] = value
-    for key in ("include", "exclude"):
-        value = settings[key]
-        settings[key] = None if value is None else [value] if isinstance(value, str) else list(value)
-    if not isinstance(settings["seed"], int):
-        raise ZeroskipError(f"seed is {settings['seed']!r}: give an integer")
-    composition = Recipe.parse(settings["method"])
-    pattern = Pattern.parse(settings["pattern"])
-    settings["sparsity"] = _sparsity(settings["sparsity"], pattern)
-    return _Plan(settings, composition, pattern, settings["sparsity"])
-
-
-def _sparsity(sparsity: Any, pattern: Pattern) -> float:
-    implied = pattern.sparsity
-    if sparsity is None:
-        if implied is None:
-            raise ZeroskipError(f"pattern {pattern.name!r} needs a sparsity: give a fraction of zeros in [0, 1)")
-        return implied
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ZeroskipError(f"sparsity is {sparsity!r}: give a fraction of zeros in [0, 1)")
-    if implied is not None and not math.isclose(sparsity, implied, abs_tol=1e-9):
-        raise ZeroskipError(f"pattern {pattern.name!r} has sparsity {implied:g}, not {sparsity:g}: leave sparsity out")
-    return float(sparsity)
-
-
-def _check(sites: Sequence[Site], plan: _Plan) -> None:
-    for site in sites:
-        weight = site.weight()
-        if weight.is_meta:
-            raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
-        plan.pattern.check(site.shape, site.name)
-        if not bool(torch.isfinite(weight).all()):
-            raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and back."""
@@ -228,7 +168,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _plainly(
     model: nn.Module,
-    plan: _Plan,
+    plan: Plan,
     sites: list[Site],
     blocks: list[Block],
     journal: str | os.PathLike[str] | None,
@@ -247,7 +187,7 @@ def _plainly(
 
 def _calibrated(
     model: nn.Module,
-    plan: _Plan,
+    plan: Plan,
     sites: list[Site],
     blocks: list[Block],
     calibration: Any,
@@ -290,16 +230,16 @@ def _collect(
     replay: Replay, block: Block, sites: list[Site], needs: tuple[str, ...], share: bool = True
 ) -> dict[str, tuple[int, dict[str, Tensor]]]:
     two_towers = bool(getattr(getattr(replay.model, "config", None), "is_encoder_decoder", False))
-    batch = replay.batches[0]
+    running = 0
 
     def visible(x: Tensor) -> Tensor | None:
-        return batch.visible(x, replay.arguments, two_towers)
+        return replay.batches[running].visible(x, replay.arguments, two_towers)
 
     collector = Collector(sites, needs, visible, share)
     try:
-        for index, batch in enumerate(replay.batches):
+        for running in range(len(replay.batches)):
             collector.next_run()
-            replay.collect(block, index)
+            replay.collect(block, running)
         return {site.name: collector.result(site) for site in sites}
     except SharingError:
         collector.close()
@@ -322,7 +262,7 @@ def _resumed(book: Journal | None, index: int, sites: list[Site], report: Report
 
 
 def _finish(
-    plan: _Plan,
+    plan: Plan,
     sites: list[Site],
     seen: dict[str, tuple[int, dict[str, Tensor]]],
     book: Journal | None,
@@ -336,54 +276,8 @@ def _finish(
         tokens, stats = seen[site.name]
         if plan.recipe.needs and not tokens:
             continue
-        row, weights[site.name] = prune_site(
-            site, plan.recipe, plan.pattern, plan.sparsity, stats, plan.settings["seed"]
-        )
-        row.tokens = tokens
+        row, weights[site.name] = prune_site(site, plan, stats, tokens)
         rows.append(row)
     if book is not None:
         book.record(index, weights, [asdict(row) for row in rows])
     report.rows += rows
-
-
-@torch.no_grad()
-def prune_site(
-    site: Site, recipe: Recipe, pattern: Pattern, sparsity: float, stats: Mapping[str, Tensor], seed: int
-) -> tuple[Row, Tensor]:
-    """Prune one site in place; return its row of the report and the weight that was written."""
-    started = time.perf_counter()
-    old = site.weight().float()
-    new = torch.empty_like(old)
-    draw = generator(seed, site.name, old.device)
-    notes: list[str] = []
-    before = after = total = 0.0
-    for group, weight in enumerate(old):
-        part = {name: value[group] for name, value in stats.items()}
-        problem = Problem(site.name, weight, pattern, sparsity, part, draw)
-        first, last = recipe.run(problem)
-        new[group] = last.weight.masked_fill(~last.keep, 0.0)
-        notes += last.notes
-        if "gram" in part:
-            total += _energy(weight, part["gram"])
-            before += _energy(weight - first.weight, part["gram"])
-            after += _energy(weight - new[group], part["gram"])
-    site.write(new)
-    written = site.weight()
-    row = Row(
-        name=site.name,
-        shape=list(site.shape),
-        pattern=pattern.name,
-        sparsity_asked=sparsity,
-        sparsity=float((written == 0).double().mean()),
-        error_before=before / total if total else None,
-        error=after / total if total else None,
-        tokens=0,
-        seconds=time.perf_counter() - started,
-        notes=notes,
-    )
-    return row, written
-
-
-def _energy(weight: Tensor, gram: Tensor) -> float:
-    """||W X||^2 from G = X^T X."""
-    return float(((weight @ gram) * weight).sum(dtype=torch.float64))

@@ -1,0 +1,58 @@
+"""One site: the recipe on each of its matrices, the weight written, a row of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from zeroskip.calibrate.journal import generator
+from zeroskip.model import Site
+from zeroskip.prune.base import Problem
+from zeroskip.prune.report import Row
+from zeroskip.prune.settings import Plan
+
+__all__ = ["prune_site"]
+
+
+@torch.no_grad()
+def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int) -> tuple[Row, Tensor]:
+    """Prune one site in place; return its row of the report and the weight that was written."""
+    started = time.perf_counter()
+    old = site.weight().float()
+    new = torch.empty_like(old)
+    draw = generator(plan.settings["seed"], site.name, old.device)
+    notes: list[str] = []
+    before = after = total = 0.0
+    for group, weight in enumerate(old):
+        part = {name: value[group] for name, value in stats.items()}
+        problem = Problem(site.name, weight, plan.pattern, plan.sparsity, part, draw)
+        first, last = plan.recipe.run(problem)
+        new[group] = last.weight.masked_fill(~last.keep, 0.0)
+        notes += last.notes
+        if "gram" in part:
+            total += _energy(weight, part["gram"])
+            before += _energy(weight - first.weight, part["gram"])
+            after += _energy(weight - new[group], part["gram"])
+    site.write(new)
+    written = site.weight()
+    row = Row(
+        name=site.name,
+        shape=list(site.shape),
+        pattern=plan.pattern.name,
+        sparsity_asked=plan.sparsity,
+        sparsity=float((written == 0).double().mean()),
+        error_before=before / total if total else None,
+        error=after / total if total else None,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+    return row, written
+
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    """||W X||^2 from G = X^T X."""
+    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
