@@ -36,7 +36,7 @@ constexpr int panels_at_once(int tokens) {
 struct Strip {
   const uint8_t* values;     // first panel
   int64_t panel_bytes;       // from one panel to the next
-  const uint32_t* columns;   // [kept], or null for 0, 1, 2, ...
+  const uint32_t* columns;   // [kept]; with kSkip false they are 0, 1, 2, ...
   int64_t kept;              // columns kept
   int64_t first_row, rows;   // output rows of the strip
 };
@@ -71,7 +71,7 @@ inline void pack_block(const zs::Call& call, zs::Pass pass, int64_t first, int64
   }
 }
 
-template <int kTokens, int kPanels, zs::Values kValues>
+template <int kTokens, int kPanels, zs::Values kValues, bool kSkip>
 inline void multiply(const zs::Call& call, const Strip& strip, int64_t first_panel, const float* x, int64_t token) {
   f32 sums[kPanels][kTokens][kVectors];
   for (auto& panel : sums)
@@ -79,37 +79,34 @@ inline void multiply(const zs::Call& call, const Strip& strip, int64_t first_pan
       for (f32& sum : row) sum = simd::zero();
   const uint8_t* base = strip.values + first_panel * strip.panel_bytes;
 
-  const auto step = [&](int64_t column, const f32(&w)[kPanels][kVectors]) __attribute__((always_inline)) {
-    const float* at = x + column * kTokens;
+  // One column: kPanels x kVectors weights, made by `weights(p, v)`, times kTokens activations.
+  const auto step = [&](int64_t j, auto&& weights) __attribute__((always_inline)) {
+    const float* at = x + (kSkip ? static_cast<int64_t>(strip.columns[j]) : j) * kTokens;
+    f32 w[kPanels][kVectors];
+    for (int p = 0; p < kPanels; ++p)
+      for (int v = 0; v < kVectors; ++v) w[p][v] = weights(base + p * strip.panel_bytes, v * simd::kLanes);
     for (int t = 0; t < kTokens; ++t) {
       const f32 broadcast = simd::set(at[t]);
       for (int p = 0; p < kPanels; ++p)
         for (int v = 0; v < kVectors; ++v) sums[p][t][v] = simd::fma(broadcast, w[p][v], sums[p][t][v]);
     }
   };
-  const auto column = [&](int64_t j) __attribute__((always_inline)) {
-    return strip.columns ? static_cast<int64_t>(strip.columns[j]) : j;
-  };
-
-  f32 w[kPanels][kVectors];
   if constexpr (kValues == zs::Values::fp32) {
-    for (int64_t j = 0; j < strip.kept; ++j) {
-      for (int p = 0; p < kPanels; ++p)
-        for (int v = 0; v < kVectors; ++v)
-          w[p][v] = simd::load(reinterpret_cast<const float*>(base + p * strip.panel_bytes) + j * kPanel +
-                               v * simd::kLanes);
-      step(column(j), w);
-    }
+    for (int64_t j = 0; j < strip.kept; ++j)
+      step(j, [=](const uint8_t* panel, int lane) __attribute__((always_inline)) {
+        return simd::load(reinterpret_cast<const float*>(panel) + j * kPanel + lane);
+      });
   } else {
-    f32 odd[kPanels][kVectors];
+    // The halves of a pair are loaded apart: with both in registers one sum would live in memory (AVX2: half the speed).
     for (int64_t j = 0; j < strip.kept; j += 2) {
-      for (int p = 0; p < kPanels; ++p)
-        for (int v = 0; v < kVectors; ++v)
-          simd::load_pairs(reinterpret_cast<const uint16_t*>(base + p * strip.panel_bytes) + j * kPanel +
-                               v * simd::kLanes * 2,
-                           w[p][v], odd[p][v]);
-      step(column(j), w);
-      if (j + 1 < strip.kept) step(column(j + 1), odd);
+      step(j, [=](const uint8_t* panel, int lane) __attribute__((always_inline)) {
+        return simd::load_even(reinterpret_cast<const uint16_t*>(panel) + j * kPanel + lane * 2);
+      });
+      if (j + 1 < strip.kept)
+        step(j + 1, [=](const uint8_t* panel, int lane) __attribute__((always_inline)) {
+          asm("" : "+r"(panel));  // another address, as far as the compiler can tell
+          return simd::load_odd(reinterpret_cast<const uint16_t*>(panel) + j * kPanel + lane * 2);
+        });
     }
   }
 
@@ -120,28 +117,28 @@ inline void multiply(const zs::Call& call, const Strip& strip, int64_t first_pan
   }
 }
 
-template <int kTokens, int kPanels, zs::Values kValues>
+template <int kTokens, int kPanels, zs::Values kValues, bool kSkip>
 inline void multiply_panels(const zs::Call& call, const Strip& strip, int64_t first_panel, int64_t last_panel,
                             const float* x, int64_t token) {
   for (; first_panel + kPanels <= last_panel; first_panel += kPanels)
-    multiply<kTokens, kPanels, kValues>(call, strip, first_panel, x, token);
+    multiply<kTokens, kPanels, kValues, kSkip>(call, strip, first_panel, x, token);
   if constexpr (kPanels > 1)
     if (first_panel < last_panel)
-      multiply_panels<kTokens, kPanels / 2, kValues>(call, strip, first_panel, last_panel, x, token);
+      multiply_panels<kTokens, kPanels / 2, kValues, kSkip>(call, strip, first_panel, last_panel, x, token);
 }
 
 // `count` (<= kTokens) tokens: the compile-time number is found by descent.
-template <int kTokens, zs::Values kValues>
+template <int kTokens, zs::Values kValues, bool kSkip>
 inline void multiply_block(const zs::Call& call, const Strip& strip, int64_t first_panel, int64_t last_panel,
                            const float* x, int64_t token, int64_t count) {
   if (count == kTokens)
-    multiply_panels<kTokens, panels_at_once(kTokens), kValues>(call, strip, first_panel, last_panel, x, token);
+    multiply_panels<kTokens, panels_at_once(kTokens), kValues, kSkip>(call, strip, first_panel, last_panel, x, token);
   else if constexpr (kTokens > 1)
-    multiply_block<kTokens - 1, kValues>(call, strip, first_panel, last_panel, x, token, count);
+    multiply_block<kTokens - 1, kValues, kSkip>(call, strip, first_panel, last_panel, x, token, count);
 }
 
 // The whole strip for every token of the pass. The panels of one group stay in L1/L2 while the blocks go by.
-template <zs::Values kValues>
+template <zs::Values kValues, bool kSkip>
 inline void multiply_strip(const zs::Call& call, zs::Pass pass, const Strip& strip) {
   const int64_t k = call.weight->header.k, panels = (strip.rows + kPanel - 1) / kPanel;
   const float* x = reinterpret_cast<const float*>(call.panel);
@@ -150,7 +147,7 @@ inline void multiply_strip(const zs::Call& call, zs::Pass pass, const Strip& str
     const int64_t last = p + group < panels ? p + group : panels;
     for (int64_t t = 0; t < pass.tokens; t += kBlock) {
       const int64_t count = pass.tokens - t < kBlock ? pass.tokens - t : kBlock;
-      multiply_block<kBlock, kValues>(call, strip, p, last, x + t * k, pass.first + t, count);
+      multiply_block<kBlock, kValues, kSkip>(call, strip, p, last, x + t * k, pass.first + t, count);
     }
   }
 }

@@ -42,12 +42,16 @@ inline f32 scale2(f32 a, f32 n) {
   return a * (f32)bits;
 }
 
-// kLanes pairs of bf16: the even and the odd element of each.
-inline void load_pairs(const uint16_t* p, f32& even, f32& odd) {
+// kLanes pairs of bf16: the even, or the odd, element of each.
+inline f32 load_even(const uint16_t* p) {
   u32 bits;
   memcpy(&bits, p, sizeof bits);
-  even = (f32)(bits << 16);
-  odd = (f32)(bits & 0xFFFF0000u);
+  return (f32)(bits << 16);
+}
+inline f32 load_odd(const uint16_t* p) {
+  u32 bits;
+  memcpy(&bits, p, sizeof bits);
+  return (f32)(bits & 0xFFFF0000u);
 }
 inline f32 load_bf16(const uint16_t* p) {
   u16 bits;

@@ -30,7 +30,7 @@ void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t*) {
   const int64_t row = unit * dense::kUnitRows, bytes = dense::panel_bytes(header.k, kValues);
   const int64_t rows = header.m - row < dense::kUnitRows ? header.m - row : dense::kUnitRows;
   const uint8_t* values = call.weight->section[dense::kValuesSection] + row / zs::kPanel * bytes;
-  panel::multiply_strip<kValues>(call, pass, {values, bytes, nullptr, header.k, row, rows});
+  panel::multiply_strip<kValues, false>(call, pass, {values, bytes, nullptr, header.k, row, rows});
 }
 
 }  // namespace vector

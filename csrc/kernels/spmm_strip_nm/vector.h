@@ -38,7 +38,7 @@ void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratch) {
   uint32_t base = 0;
   for (int64_t j = 0; j < kept; j += in_chunk, base += zs::kChunk)
     for (int64_t i = j; i < j + in_chunk && i < kept; ++i) columns[i] = base + packed[i];
-  panel::multiply_strip<kValues>(
+  panel::multiply_strip<kValues, true>(
       call, pass,
       {strip_nm::values_of(*call.weight, unit, kValues), dense::panel_bytes(kept, kValues), columns, kept,
        unit * header.strip, strip_nm::rows_of(header, unit)});
