@@ -98,7 +98,7 @@ def recall(
 ) -> Recall:
     """Run the task: each pair's query against the documents of all pairs.
 
-    A document that scores as high as the right one, or a score that is NaN, ranks before it, so a broken model that maps
+    A document that scores as high as the right one, or a score that is NaN, ranks before it: a broken model that maps
     everything to one point finds nothing.
     """
     queries = embed(model, tokenizer, [pair.query for pair in pairs], advance=advance)

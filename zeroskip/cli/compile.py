@@ -1,0 +1,72 @@
+"""`zeroskip compile`: measure every site on this machine, pack what gets faster, store the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["compile", "token_counts"]
+
+Tokens = Annotated[
+    str, typer.Option(metavar="T[,T...]", help="Token counts to be good at; COUNT:WEIGHT says how often each occurs.")
+]
+
+
+@command("compile", "zeroskip compile out out-compiled --tokens 1,32,512 --precision bf16")
+def compile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pruned model: a directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
+    tokens: Tokens = "1,32,512",
+    precision: Annotated[
+        str | None, typer.Option(help="Storage and compute down to fp32 or bf16 may compete. Default: the model's own.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Compile MODEL for this machine and store it, with its plan, in OUT.
+
+    A site is packed only if that is faster than the fastest dense layer at every token count; the plan says which and
+    why.
+    """
+    counts = token_counts(tokens)
+    from zeroskip.bench.candidates import check_precision
+    from zeroskip.cli import models
+
+    models.output_directory(out)
+    check_precision(precision)
+    with step(f"loading {model}"):
+        network = models.load(model)
+
+    from zeroskip.compile import compile as compile_model
+    from zeroskip.io import save
+    from zeroskip.plan import plan_of
+
+    with progress("measuring") as advance:
+        network = compile_model(network, tokens=counts, precision=precision, progress=advance)
+    with step(f"writing {out}"):
+        save(network, out, tokenizer=models.Companions(model))
+    plan = plan_of(network)
+    write_json(json_path, plan.to_dict())
+    say(plan)
+    say(f"stored in {out}; next: zeroskip run {out}")
+
+
+def token_counts(text: str) -> list[int] | dict[int, float]:
+    """Read ``'1,32,512'``, or with weights ``'1:10,512:1'``.
+
+    Raises
+    ------
+    ZeroskipError
+        If it is neither.
+    """
+    parts = [part.partition(":") for part in text.split(",")]
+    try:
+        if any(colon for _, colon, _ in parts):
+            return {int(count): float(weight) if colon else 1.0 for count, colon, weight in parts}
+        return [int(count) for count, _, _ in parts]
+    except ValueError:
+        raise ZeroskipError(f"--tokens {text!r}: give counts such as 1,32,512, or with weights 1:10,512:1") from None

@@ -1,0 +1,131 @@
+"""`zeroskip info`: what this machine offers, and what stands in the way."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zeroskip.cli.terminal import Json, command, say, step, write_json
+
+__all__ = ["cpu_limit", "info", "openmp_runtimes"]
+
+OPENMP = re.compile(r"/(lib(?:g|i|)omp[\d\w.-]*\.so[\d.]*)$")
+
+
+@command("info", "zeroskip info --json machine.json")
+def info(
+    roofline: Annotated[bool, typer.Option(help="Measure peak arithmetic and read bandwidth (a few seconds).")] = True,
+    json_path: Json = None,
+) -> None:
+    """Show version, CPU, the instruction sets (ISA rows) in use, threads, limits and the measured roofline."""
+    facts = collect(roofline)
+    write_json(json_path, facts)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        if name != "warnings":
+            say(f"{name:<{width}}  {_text(value)}")
+    for warning in facts["warnings"]:
+        say(f"warning: {warning}")
+
+
+def collect(roofline: bool) -> dict[str, Any]:
+    """Return what the command shows; only the roofline takes time."""
+    import torch
+
+    import zeroskip
+    from zeroskip.machine import this_machine
+
+    rows = zeroskip.isa()
+    limit, runtimes = cpu_limit(), openmp_runtimes()
+    facts: dict[str, Any] = {
+        "zeroskip": zeroskip.__version__,
+        "cpu": this_machine().cpu,
+        "isa in use": rows.active,
+        "isa available": list(rows.available),
+        "isa unavailable": dict(rows.unavailable),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpus usable": len(os.sched_getaffinity(0)),
+        "cpu limit": limit,
+        "openmp": runtimes,
+        "warnings": _warnings(limit, runtimes, torch.get_num_threads()),
+    }
+    if roofline:
+        from zeroskip.bench.roofline import roofline as measure_roofline
+
+        with step("measuring the roofline"):
+            facts["roofline"] = measure_roofline().to_dict()
+    return facts
+
+
+def cpu_limit(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return how many CPUs the container allows, None if as many as there are.
+
+    Reads version 2 of control groups (`cpu.max`) and version 1 (`cpu.cfs_quota_us`), in this process's group and its
+    parents, of which the tightest counts.
+    """
+    try:
+        lines = mine.read_text().splitlines()
+    except OSError:
+        return None
+    found: list[float] = []
+    for line in lines:
+        _, kinds, name = line.split(":", 2)
+        if kinds and "cpu" not in kinds.split(","):
+            continue
+        base = root / "cpu" if kinds else root
+        group = base / name.lstrip("/")
+        for folder in (group, *group.parents):
+            quota = _quota(folder)
+            if quota is not None:
+                found.append(quota)
+            if folder == base:
+                break
+    return min(found, default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period"))
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def openmp_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str]:
+    """Return the OpenMP runtimes that this process has loaded, each file once."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:
+        return []
+    paths = {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if OPENMP.search(path))
+
+
+def _warnings(limit: float | None, runtimes: list[str], threads: int) -> list[str]:
+    out = []
+    if len(runtimes) > 1:
+        out.append(
+            f"{len(runtimes)} OpenMP runtimes in one process ({', '.join(Path(path).name for path in runtimes)}): "
+            "their threads fight for the cores; import torch before anything that brings its own"
+        )
+    if limit is not None and threads > max(1, round(limit)):
+        out.append(
+            f"{threads} threads where the container allows {limit:g} CPUs: set OMP_NUM_THREADS={max(1, int(limit))}"
+        )
+    return out
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_text(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,113 @@
+"""MODEL on the command line: a directory, or the id of a model on the hub."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_directory"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# What belongs to a model besides config and weights: tokenizers, processors, sentence-transformers' modules.
+COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "*processor_config.json", "modules.json", "*sentence*.json", "[0-9]_*",
+)  # fmt: skip
+
+
+def load(name: str) -> nn.Module:
+    """Load a model in evaluation mode, as the architecture its config names.
+
+    Raises
+    ------
+    ZeroskipError
+        If there is no such model, or it cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir():
+        from zeroskip.io import load as load_directory
+
+        return load_directory(path)
+    _check_hub_id(name)
+    import transformers
+
+    def fetch() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(name)
+        kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        model: nn.Module = kind.from_pretrained(name, use_safetensors=True)
+        return model.eval()
+
+    model: nn.Module = _fetched(name, fetch)
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer that belongs to a model."""
+    if not Path(name).is_dir():
+        _check_hub_id(name)
+    from transformers import AutoTokenizer
+
+    return _fetched(f"{name} (its tokenizer)", lambda: AutoTokenizer.from_pretrained(name))
+
+
+def _check_hub_id(name: str) -> None:
+    if Path(name).exists():
+        raise ZeroskipError(f"{name}: is a file; MODEL is a Hugging Face directory or a hub id")
+    if not HUB_ID.fullmatch(name):
+        raise ZeroskipError(f"{name}: no such directory, and not a hub id either")
+
+
+def _fetched(what: str, fetch: Any) -> Any:
+    """Run transformers' loading code; whatever it raises becomes one line."""
+    try:
+        return fetch()
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # hub, file system, JSON, safetensors and missing optional packages raise what they like
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ZeroskipError(f"{what}: cannot be loaded: {first}") from error
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Return whether the model generates text, rather than embeds it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def output_directory(path: Path) -> Path:
+    """Return `path` if a model can be stored there.
+
+    Raises
+    ------
+    ZeroskipError
+        If it exists and holds anything, or is a file.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ZeroskipError(f"{path}: exists and is not an empty directory; choose another name or remove it")
+    return path
+
+
+class Companions:
+    """The files beside a model's weights; `zeroskip.save` takes it where it takes a tokenizer."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Copy them unchanged; from the hub, the tokenizer as transformers stores it."""
+        source = Path(self.model)
+        if not source.is_dir():
+            load_tokenizer(self.model).save_pretrained(directory)
+            return
+        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+            if path.is_dir():
+                shutil.copytree(path, directory / path.name)
+            elif not (directory / path.name).exists():
+                shutil.copyfile(path, directory / path.name)

@@ -1,0 +1,116 @@
+"""`zeroskip prune`: set weights of a model to zero, with a journal that a killed run goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["journal_of", "prune"]
+
+ROWS_A_BATCH = 8
+EXAMPLE = "zeroskip prune bert-base-uncased out --pattern 8:16@64 --text sentences.txt"
+
+
+@command("prune", EXAMPLE)
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
+    method: Annotated[str, typer.Option(help="random, magnitude or wanda; with +ls kept weights are refitted.")] = (
+        "wanda+ls"
+    ),
+    pattern: Annotated[str, typer.Option(help="unstructured, N:M, N:M@V or block:RxC.")] = "unstructured",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros in [0, 1); N:M patterns imply theirs.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to calibrate on, UTF-8.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead of text: safetensors, each tensor [rows, ...] an argument by name."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only sites of this name: glob or re:REGEX. Repeat.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No site of this name. Repeat. Default: lm_head.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    json_path: Json = None,
+) -> None:
+    """Prune MODEL and store it in OUT as an ordinary model with zeros in it.
+
+    Finished blocks are kept in OUT.partial until OUT is there: interrupted or killed, the same command goes on where it
+    stopped and gives the same result.
+    """
+    from zeroskip.cli import models
+    from zeroskip.prune.base import Recipe
+    from zeroskip.prune.patterns import Pattern
+
+    models.output_directory(out)
+    if text is not None and calibration is not None:
+        raise ZeroskipError("give --text or --calibration, not both")
+    Pattern.parse(pattern)  # a misspelt name is refused before a large model is loaded
+    if Recipe.parse(method).needs and text is None and calibration is None:
+        raise ZeroskipError(f"method {method!r} needs data: give --text FILE or --calibration FILE")
+    batches = None if calibration is None else _read_batches(calibration)
+    with step(f"loading {model}"):
+        network = models.load(model)
+        tokenizer = None if text is None else models.load_tokenizer(model)
+
+    from zeroskip.io import save
+    from zeroskip.prune import prune as prune_model
+
+    journal = journal_of(out)
+    fresh = not journal.exists()
+    try:
+        with progress("pruning") as advance:
+            report = prune_model(
+                network,
+                method,
+                pattern=pattern,
+                sparsity=sparsity,
+                text=text,
+                tokenizer=tokenizer,
+                calibration=batches,
+                include=include or None,
+                exclude=exclude if exclude else ("lm_head",),
+                journal=journal,
+                seed=seed,
+                progress=advance,
+            )
+        with step(f"writing {out}"):
+            save(network, out, tokenizer=models.Companions(model))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"(the same command goes on from {journal})") from None
+    except BaseException:
+        if fresh and not any(journal.glob("*.safetensors")):  # nothing in it is worth a second try
+            shutil.rmtree(journal, ignore_errors=True)
+        raise
+    shutil.rmtree(journal, ignore_errors=True)
+    write_json(json_path, report.to_dict())
+    say(report)
+    say(f"stored in {out}; next: zeroskip compile {out} {out}-compiled")
+
+
+def journal_of(out: Path) -> Path:
+    """The directory that holds the finished blocks of an unfinished `out`."""
+    return out.parent / f"{out.name}.partial"
+
+
+def _read_batches(path: Path) -> list[dict[str, Any]]:
+    """Cut the tensors of a file into batches of a few rows."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ZeroskipError(f"--calibration {path}: cannot be read as safetensors: {error}") from None
+    lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ZeroskipError(f"--calibration {path}: holds no tensors of one equal number of rows")
+    starts = range(0, lengths.pop(), ROWS_A_BATCH)
+    return [{name: tensor[at : at + ROWS_A_BATCH] for name, tensor in tensors.items()} for at in starts]
