@@ -23,13 +23,14 @@ from zeroskip.bench.measure import Measured, measure
 from zeroskip.bench.verdict import Verdict
 from zeroskip.errors import ZeroskipError
 from zeroskip.install import apply_tuning, build, fits, put_in, thaw, weights_of
+from zeroskip.io.meta import attach
 from zeroskip.machine import this_machine
 from zeroskip.model import Site, select_sites
 from zeroskip.plan import ModelCheck, Plan, SitePlan
 from zeroskip.tokens import Tokens
 from zeroskip.zeros import Zeros, find_zeros
 
-__all__ = ["apply_tuning", "compile"]
+__all__ = ["Planner", "Progress", "apply_tuning", "compile", "plannable"]
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +97,13 @@ def compile(
         if not changes:
             return _apply(model, given)
         log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
-    sites, notes = _sites(model, precision)
+    sites, notes = plannable(model, precision)
     made = Plan(this_machine(), wanted, precision, notes=notes)
     if given is not None:
         made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
     _run(model, sites, made, Verdict(model, wanted.counts, example_inputs), budget_s, progress)
     object.__setattr__(model, "zeroskip_plan", made)
+    attach(model)
     log.info("%s", made)
     return model
 
@@ -195,6 +197,7 @@ def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choic
         bytes_after=layout.nbytes,
         times_ms=times,
         speedups=choice.ratios,
+        layout_bytes={layout.label: layout.nbytes for layout in measured.layouts},
         excluded={**measured.refused, **measured.wrong},
         measured_at=name,
     )
@@ -210,7 +213,7 @@ def check_weights(sites: list[Site]) -> None:
             raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
 
 
-def _sites(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
+def plannable(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
     """Return the sites that can be planned, and one note for each kind that cannot."""
     every, skipped = select_sites(model, exclude=())
     notes = [f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items()]
@@ -242,6 +245,7 @@ def _apply(model: nn.Module, given: Plan) -> nn.Module:
         choice.bytes_after = _stored_bytes(module)
         put_in(model, sites[choice.name].module, module)
     object.__setattr__(model, "zeroskip_plan", plan)
+    attach(model)
     return model
 
 

@@ -22,8 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # An op of our own around torch's: as `mkldnn::_linear_pointwise` the call is rewritten by inductor, which expects the
 # prepacked weight to be a frozen constant and fails; an unknown op with the same arguments passes through untouched.
-_library = torch.library.Library("zeroskip", "FRAGMENT")
-_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, int m) -> Tensor")
+_library = torch.library.Library("zeroskip", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, int m) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, m: int) -> Tensor:
@@ -38,7 +38,7 @@ def _onednn_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, m: int) 
 
 
 for _key in ("CPU", "MkldnnCPU"):
-    _library.impl("onednn_linear", _onednn_linear, _key)
+    _library.impl("onednn_linear", _onednn_linear, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::onednn_linear", _onednn_linear_fake, lib=_library)
 
 
@@ -135,7 +135,7 @@ class OneDnnLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneDnnLinear:
         if fn(torch.empty(0)).device.type != "cpu":
             raise ZeroskipError("a layer prepacked for oneDNN stays on the CPU; load the dense model to move it")
-        super()._apply(fn, recurse)  # a cast changes the bias only: the storage is the plan's choice
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # a cast changes the bias only: the storage is the plan's choice
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -124,7 +124,7 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
     """
     changes = plan.machine.differences(this_machine())
     if changes:
-        log.warning("the plan was measured elsewhere (%s): default kernels serve; zs.compile measures again", changes[0])
+        log.warning("the plan was measured elsewhere (%s): default kernels serve; compile anew", changes[0])
     layers = dict(model.named_modules())
     for choice in plan.sites:
         layer = layers.get(choice.name)
@@ -187,7 +187,7 @@ def _reread(files: dict[str, Path], name: str, stored: Tensor, dtype: torch.dtyp
         with safe_open(files[key], framework="pt") as file:
             found = file.get_tensor(key)
         if found.shape == stored.shape and torch.equal(found.to(stored.dtype) + 0.0, stored):
-            return found.to(dtype)
+            return cast(Tensor, found).to(dtype)
     return stored.to(dtype)
 
 

@@ -14,7 +14,7 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.machine import Machine
 from zeroskip.tokens import Tokens
 
-__all__ = ["ModelCheck", "Plan", "SitePlan", "plan_of"]
+__all__ = ["ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
 
 VERSION = 1
 Buckets = list[tuple[int | None, str]]
@@ -48,6 +48,8 @@ class SitePlan:
         Medians of every candidate that was measured.
     speedups : {layout: {tokens: ratio}}
         Against the fastest dense candidate at that count.
+    layout_bytes : {layout: bytes}
+        What the weight takes in every layout that could compete.
     excluded : {layout or runner: reason}
         What could not compete: formats that refused the weight, kernels that failed the oracle.
     measured_at : str
@@ -67,6 +69,7 @@ class SitePlan:
     bytes_after: int
     times_ms: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     speedups: dict[str, dict[int, float]] = field(default_factory=dict)
+    layout_bytes: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     measured_at: str = ""
 
@@ -78,6 +81,10 @@ class SitePlan:
     def is_packed(self) -> bool:
         """Whether the site is served by a format of ours; torch computes it otherwise."""
         return self.format not in ("linear", "onednn")
+
+    def time_ms(self, layout: str, tokens: int) -> float:
+        """Return the median time of a layout's fastest kernel at this count, in milliseconds."""
+        return min(times[tokens] for times in self.times_ms[layout].values() if tokens in times)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SitePlan:
@@ -123,7 +130,7 @@ class ModelCheck:
         if not self.ratios:
             return f"whole model ({self.mode}): {self.outcome}: {self.method}"
         each = ", ".join(
-            f"{ratio:.2f}x ({low:.2f}-{high:.2f}) {f'at {t} tokens' if t else 'on the example inputs'}"
+            f"{ratio:.2f}x ({low:.2f}-{high:.2f}) {f'at {t} token' + 's' * (t > 1) if t else 'on the example inputs'}"
             for t, (ratio, low, high) in self.ratios.items()
         )
         return f"whole model ({self.mode}): {each}; {self.outcome}"
@@ -170,8 +177,8 @@ class Plan:
             "machine": self.machine.to_dict(),
             "tokens": self.tokens.to_dict(),
             "precision": self.precision,
-            "sites": [_plain(asdict(site)) for site in self.sites],
-            "checks": [_plain(asdict(check)) for check in self.checks],
+            "sites": [plain(asdict(site)) for site in self.sites],
+            "checks": [plain(asdict(check)) for check in self.checks],
             "notes": list(self.notes),
         }
 
@@ -196,7 +203,7 @@ class Plan:
             machine = Machine.from_dict(data["machine"])
             return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ZeroskipError(f"the plan is damaged: {type(error).__name__} {error}; compile the model again") from error
+            raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; an older file at `path` is replaced only once the new one is complete."""
@@ -247,7 +254,8 @@ def _by_tokens(times: dict[Any, Any]) -> dict[int, float]:
     return {int(tokens): float(value) for tokens, value in times.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return dicts and lists with string keys, as JSON has them."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {str(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value

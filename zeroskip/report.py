@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zeroskip.analyze import Analysis
     from zeroskip.plan import Plan, SitePlan
 
-__all__ = ["human_bytes", "plan_table", "table"]
+__all__ = ["analysis_table", "human_bytes", "plan_table", "table"]
 
 WIDTH = 118
 
@@ -81,3 +82,40 @@ def _generic(name: str) -> str:
 
 def _wrap(text: str, indent: int) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def analysis_table(answer: Analysis) -> str:
+    """Return an analysis as text: the advice, a table of sites with every layout, and the break-even points."""
+    counts = answer.tokens.counts
+    lines = [f"analysis on {answer.machine}", "", _wrap(answer.advice, 0), ""]
+    lines += table(["site", "shape", "zeros", "layout", "bytes", *[f"x at {t}" for t in counts]], _site_rows(answer))
+    lines += ["x at T: times as fast as the fastest dense layer at T tokens; * is what zs.compile would install", ""]
+    rows = []
+    for shape, found in answer.break_even.items():
+        kinds: dict[tuple[str, str], dict[int, str]] = {}
+        for one in found:
+            kinds.setdefault((one.format, one.pattern), {})[one.tokens] = str(one)
+        rows += [[shape, *kind, *[each.get(t, "-") for t in counts]] for kind, each in kinds.items()]
+    if rows:
+        lines += ["sparsity at which a format breaks even with the fastest dense layer:"]
+        lines += table(["shape", "format", "zeros", *[f"at {t}" for t in counts]], rows)
+    return "\n".join(lines + [_wrap(f"note: {note}", 2) for note in answer.notes])
+
+
+def _site_rows(answer: Analysis) -> list[list[str]]:
+    groups: dict[tuple[str, tuple[tuple[str, ...], ...]], list[str]] = {}
+    for site in answer.sites:
+        zeros = f"{site.pattern} {site.sparsity:.0%}" if site.sparsity else "none"
+        cells: list[tuple[str, ...]] = [("x".join(map(str, site.shape)), zeros)]
+        for label, speedups in site.speedups.items():
+            mark = "*" if label == site.label else ""
+            size = human_bytes(site.layout_bytes.get(label, 0))
+            cells.append((label + mark, size, *[f"{speedups[t]:.2f}" for t in answer.tokens.counts]))
+        groups.setdefault((_generic(site.name), tuple(cells)), []).append(site.name)
+    rows: list[list[str]] = []
+    for (name, (what, *each)), sites in groups.items():
+        head = [f"{name} ({len(sites)})" if len(sites) > 1 else name, *what]
+        for cells_of_layout in each:
+            rows.append([*head, *cells_of_layout])
+            head = ["", "", ""]
+    return rows

@@ -13,7 +13,8 @@ FULL = 0.9  # a pattern explains the zeros if what it keeps is at least this ful
 FEW = 0.02  # fewer zeros than this are no pattern
 GROUPS = (2, 4, 8, 16, 32, 64)
 STRIPS = (128, 64, 32, 16)
-BLOCKS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4), (32, 1), (16, 1), (8, 1), (4, 1), (1, 32), (1, 16), (1, 8), (1, 4))
+SQUARES = tuple((side, side) for side in (64, 32, 16, 8, 4))
+BLOCKS = (*SQUARES, *((side, 1) for side in (32, 16, 8, 4)), *((1, side) for side in (32, 16, 8, 4)))
 
 
 @dataclass(frozen=True)

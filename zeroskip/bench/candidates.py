@@ -181,9 +181,9 @@ def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:
 
 # The product's route is module, dispatcher, op. A candidate pays for the same steps: without them it would look a few
 # microseconds better than it is, which decides small layers at one token.
-_library = torch.library.Library("zeroskip", "FRAGMENT")
-_library.define("linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor")
-_library.impl("linear_by", ops._call, "CPU")
+_library = torch.library.Library("zeroskip", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("linear_by", ops._call, "CPU")  # type: ignore[no-untyped-call]
 
 
 class _Forced(nn.Module):

@@ -123,7 +123,8 @@ def _gain(over: _Entry, under: _Entry, weight: Mapping[int, float]) -> Ratio:
 
 def _won(entry: _Entry, ratios: Mapping[str, Mapping[int, float]], gain: Ratio) -> str:
     each = ", ".join(f"{ratio:.2f}x at {t}" for t, ratio in ratios[entry.label].items())
-    return f"{entry.label}: {gain.value:.2f}x the fastest dense layout ({gain.low:.2f}-{gain.high:.2f}); {each} tokens"
+    over_all = f"{gain.value:.2f}x the fastest dense layout ({gain.low:.2f}-{gain.high:.2f})"
+    return f"{entry.label}: {over_all}; against the fastest dense at each token count {each}"
 
 
 def _lost(

@@ -32,7 +32,10 @@ class Rival:
 
     @staticmethod
     def build(weight: Tensor, bias: Tensor | None, values: str, tokens: int) -> nn.Module:
-        """Return a module with its own copy of the weight [m, k]; `tokens` is the largest count it must be good at."""
+        """Return a module with its own copy of the weight [m, k].
+
+        `tokens` is the largest count it must be good at.
+        """
         raise NotImplementedError
 
 

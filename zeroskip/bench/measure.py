@@ -13,7 +13,7 @@ from zeroskip.bench.candidates import Call, Layout, copies_for, layouts
 from zeroskip.bench.oracle import Oracle
 from zeroskip.bench.timer import Race, race
 
-__all__ = ["CACHE_BYTES", "Measured", "measure", "runner_name", "tell_apart"]
+__all__ = ["CACHE_BYTES", "Measured", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,15 @@ class Measured:
 
     def runners(self, label: str, tokens: int) -> list[str]:
         """Return the runners of a layout that were timed at this token count."""
-        return [name for name in self.races[tokens].names if name.rpartition("/")[0] == label]
+        return [name for name in self.races[tokens].names if _label(name) == label]
 
 
 def runner_name(layout: Layout, kernel: str) -> str:
     return f"{layout.label}/{kernel}"
+
+
+def _label(runner: str) -> str:
+    return runner.rpartition("/")[0]
 
 
 def measure(
@@ -103,7 +107,8 @@ def measure_layouts(
         field_of = list(copies_for(found, min(working_set_bytes, CACHE_BYTES)))
         for count in sorted(tokens):
             runners = _checked(result, field_of, weight, bias, count)
-            result.races[count] = race(runners, budget_s=budget_s, settled=tell_apart(result))
+            dense = [name for layout in found if layout.dense for name in runners if _label(name) == layout.label]
+            result.races[count] = race(runners, budget_s=budget_s, settled=tell_apart(result), core=dense)
     return result
 
 
@@ -130,11 +135,12 @@ def _checked(
             continue
         if problem is not None:  # the layer as it stands is what the model means, right or not
             log.warning("the model's own layer at %d tokens %s", tokens, problem)
-        runners[name] = [_bound(call, x) for call in calls]
+        runners[name] = [bound(call, x) for call in calls]
     return runners
 
 
-def _bound(call: Call, x: Tensor) -> Callable[[], object]:
+def bound(call: Call, x: Tensor) -> Callable[[], object]:
+    """Return the call with its activations, to be timed."""
     return lambda: call(x)
 
 
@@ -148,7 +154,7 @@ def tell_apart(result: Measured) -> Callable[[Race], bool]:
 
     def settled(seen: Race) -> bool:
         running = seen.running
-        dense = [name for name in seen.names if name.rpartition("/")[0] in dense_labels]
+        dense = [name for name in seen.names if _label(name) in dense_labels]
         if not dense:
             return True
         best = seen.fastest(dense)

@@ -67,4 +67,5 @@ def _some(tokens: int) -> Tensor:
         return torch.arange(tokens)
     edge = SOME_TOKENS // 4
     inner = torch.linspace(edge, tokens - edge - 1, SOME_TOKENS - 2 * edge).long()
-    return torch.unique(torch.cat([torch.arange(edge), inner, torch.arange(tokens - edge, tokens)]))
+    chosen: Tensor = torch.unique(torch.cat([torch.arange(edge), inner, torch.arange(tokens - edge, tokens)]))
+    return chosen

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +30,7 @@ RESAMPLES = 400  # bootstrap draws; the 1 % and 99 % quantiles then rest on four
 RETIRE_AT = 2.5  # a runner this many times slower than the leader after WARM_ROUNDS has lost
 HOPELESS_AT = 6.0  # one this slow in its very first call is not called again
 WARM_ROUNDS = 3
+BELIEVED_S = 0.5  # two calls that take this long together say enough about a runner's speed
 LEAST_SAMPLE_S = 60e-6  # several calls make one sample until it lasts this long: the clock costs ~0.1 us
 
 
@@ -99,10 +100,12 @@ def race(
     runners: Mapping[str, Sequence[Callable[[], object]]],
     *,
     budget_s: float = 0.5,
-    min_rounds: int = 5,
+    least_s: float = 0.15,
+    min_rounds: int = 11,
     max_rounds: int = 300,
     settled: Callable[[Race], bool] | None = None,
     retire: bool = True,
+    core: Collection[str] = (),
     prepare: Mapping[str, Callable[[], object]] | None = None,
     seed: int = 0,
     clock: Clock = time.perf_counter,
@@ -116,9 +119,14 @@ def race(
     budget_s : float
         Seconds after which no further round starts, once `min_rounds` are complete; with very slow runners the
         minimum itself is cut to three rounds at four times the budget, and to one beyond sixteen times.
+    least_s : float
+        Seconds before `settled` is asked, so that a short slow phase of the machine is not all that was seen.
     settled : function of Race to bool, optional
-        Asked after `min_rounds` and then every few rounds; True ends the race. By default: every runner's ratio to
-        the fastest is known within 2 %, or is clearly above 1.
+        Asked after `min_rounds` and `least_s`, and then every few rounds; True ends the race. By default
+        `clear`: every runner's ratio to the fastest is known within 2 %, or is clearly above 1.
+    core : names
+        Runners whose ranking among themselves matters even where others beat them all: they retire only when far
+        behind the best of these.
     prepare : mapping of name to function, optional
         Called before each of the runner's samples, outside the clock.
     retire : bool
@@ -142,11 +150,11 @@ def race(
         while result.rounds < max_rounds:
             _round(runners, result, bursts, prepare or {}, order, clock)
             if retire and result.rounds >= WARM_ROUNDS:
-                _retire(result)
+                _retire(result, core)
             spent = clock() - start
             if result.rounds >= _least(min_rounds, spent, budget_s) and spent >= budget_s:
                 break
-            if result.rounds >= asked:
+            if result.rounds >= asked and spent >= min(least_s, budget_s):
                 if settled(result):
                     break
                 asked = result.rounds + max(2, result.rounds // 4)
@@ -181,9 +189,15 @@ def _first_calls(
     for name, calls in runners.items():
         prepare.get(name, _nothing)()
         calls[0]()
-        start = clock()
-        calls[-1]()
-        rough[name] = max(clock() - start, 1e-9)
+        times: list[float] = []
+        # One slow call may be the machine's fault: three decide, unless they are slow enough to be believed.
+        for call in (*calls[1:], *[calls[0]] * max(0, 4 - len(calls))):
+            start = clock()
+            call()
+            times.append(max(clock() - start, 1e-9))
+            if len(times) > 1 and sum(times) > BELIEVED_S:
+                break
+        rough[name] = min(times)
     best = min(rough.values())
     bursts: dict[str, int] = {}
     for name, calls in runners.items():
@@ -191,8 +205,6 @@ def _first_calls(
             result.samples[name].append(rough[name])
             result.retired.add(name)
             continue
-        for call in calls[1:-1]:
-            call()
         bursts[name] = min(len(calls), max(1, round(LEAST_SAMPLE_S / rough[name])))
     return bursts
 
@@ -223,9 +235,13 @@ def _nothing() -> None:
     return None
 
 
-def _retire(result: Race) -> None:
+def _retire(result: Race, core: Collection[str]) -> None:
     running = result.running
-    if len(running) < 2:
+    if not running:
         return
     best = result.median(result.fastest(running))
-    result.retired.update(name for name in running if min(result.samples[name]) > RETIRE_AT * best)
+    inner = [name for name in running if name in core]
+    best_inner = result.median(result.fastest(inner)) if inner else best
+    for name in running:
+        if min(result.samples[name]) > RETIRE_AT * (best_inner if name in core else best):
+            result.retired.add(name)

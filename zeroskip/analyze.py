@@ -1,0 +1,193 @@
+"""`zs.analyze`: "I pruned, why is it not smaller or faster?", answered site by site for this machine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zeroskip.bench.break_even import BreakEven, break_even
+from zeroskip.bench.candidates import NAMES, PRECISIONS, check_precision
+from zeroskip.compile import Planner, plannable
+from zeroskip.errors import ZeroskipError
+from zeroskip.install import compiled_layers, thaw
+from zeroskip.machine import Machine, this_machine
+from zeroskip.plan import SitePlan, plain
+from zeroskip.tokens import Tokens
+
+__all__ = ["Analysis", "analyze"]
+
+log = logging.getLogger(__name__)
+
+PAYS = 1.02  # over all linear layers; below this nobody will notice
+
+
+@dataclass
+class Analysis:
+    """What zeros would do for this model on this machine; `str()` is a table with one sentence of advice.
+
+    Attributes
+    ----------
+    machine : Machine
+    tokens : Tokens
+    sites : list of SitePlan
+        With bytes and measured speed-ups of every layout, and what `zs.compile` would choose.
+    break_even : {"MxK fp32": list of BreakEven}
+    gains : {tokens: ratio}
+        Time of all sites with the fastest dense layouts over their time as `zs.compile` would install them.
+    advice : str
+        One sentence for the whole model.
+    notes : list of str
+        Layers that cannot be compiled, and why.
+    """
+
+    machine: Machine
+    tokens: Tokens
+    sites: list[SitePlan] = field(default_factory=list)
+    break_even: dict[str, list[BreakEven]] = field(default_factory=dict)
+    gains: dict[int, float] = field(default_factory=dict)
+    advice: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON holds."""
+        return {
+            "machine": self.machine.to_dict(),
+            "tokens": self.tokens.to_dict(),
+            "advice": self.advice,
+            "gains": plain(self.gains),
+            "sites": [plain(asdict(site)) for site in self.sites],
+            "break_even": {name: [plain(asdict(one)) for one in found] for name, found in self.break_even.items()},
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        from zeroskip.report import analysis_table
+
+        return analysis_table(self)
+
+
+def analyze(
+    model: nn.Module | str | os.PathLike[str],
+    tokens: int | Sequence[int] | Mapping[int, float] = (1, 32, 512),
+    precision: str | None = None,
+    *,
+    budget_s: float = 0.4,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Analysis:
+    """Find out whether sparsity pays in this model on this machine; the model is not modified.
+
+    Parameters
+    ----------
+    model : nn.Module or path
+        A model on the CPU, pruned or not, compiled or not; or a directory with one.
+    tokens : sequence of int, or mapping from int to weight
+        Token counts, as for `zs.compile`.
+    precision : None, "fp32" or "bf16"
+        As for `zs.compile`.
+    budget_s : float
+        Seconds of timing for each distinct site, and for each format of each distinct shape, at each token count.
+    progress : function (done, total, what), optional
+
+    Raises
+    ------
+    ZeroskipError
+        As `zs.compile`, and if there is no model at the path.
+    """
+    wanted, precision = Tokens.parse(tokens), check_precision(precision)
+    if not isinstance(model, nn.Module):
+        model = _load(model)
+    elif next(compiled_layers(model), None) is not None:
+        model = copy.deepcopy(model)  # only a compiled model has to be turned back, and not the caller's
+    thaw(model)
+    sites, notes = plannable(model, precision)
+    answer = Analysis(this_machine(), wanted, notes=notes)
+    working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
+    planner = Planner(wanted, precision, working_set, budget_s)
+    shapes = sorted({(*site.shape[1:], _values(site.weight().dtype, precision)) for site in sites})
+    steps = len(sites) + len(shapes)
+    for done, site in enumerate(sites, start=1):
+        answer.sites.append(planner.plan(site, answer.notes))
+        if progress is not None:
+            progress(done, steps, site.name)
+    for done, (m, k, values) in enumerate(shapes, start=len(sites) + 1):
+        found = break_even((m, k), values, wanted.counts, working_set, budget_s)
+        answer.break_even[f"{m}x{k} {values}"] = found
+        if progress is not None:
+            progress(done, steps, f"break-even of {m}x{k}")
+    answer.gains = {t: _gain(answer.sites, t) for t in wanted.counts} if answer.sites else {}
+    answer.advice = advise(answer)
+    return answer
+
+
+def advise(answer: Analysis) -> str:
+    """Return one sentence: compile it, prune it further or otherwise, or do not bother."""
+    sites = answer.sites
+    if not sites:
+        return "Do not bother: there is no linear layer here that could be packed."
+    packed = [site for site in sites if site.is_packed and site.format != "dense"]
+    pruned = [site for site in sites if site.pattern != "dense"]
+    best = max(answer.gains.values())
+    gains = ", ".join(f"{gain:.2f}x at {_tokens(t)}" for t, gain in answer.gains.items())
+    if packed and best >= PAYS:
+        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+        return (
+            f"Compile it: {len(packed)} of {len(sites)} linear layers run faster sparse, all of them together {gains} "
+            f"against the fastest dense layers, in {after / before:.0%} of the bytes."
+        )
+    if not pruned:
+        return f"There is nothing to gain yet, for no layer has zeros: prune it first; {_least(answer)}."
+    mean = sum(site.sparsity * site.bytes_before for site in pruned) / sum(site.bytes_before for site in pruned)
+    kinds = ", ".join(sorted({site.pattern for site in pruned}))
+    head = f"Do not bother to compile it as it is: at {mean:.0%} zeros ({kinds}) no sparse layout pays on this machine"
+    if packed:
+        head = (
+            f"Do not bother: the sparse layouts that win gain less than {PAYS - 1:.0%} over all linear layers ({gains})"
+        )
+    return f"{head}; {_least(answer)}."
+
+
+def _least(answer: Analysis) -> str:
+    """Say which pattern breaks even first, everywhere, as a hint where to prune to."""
+    worst: dict[tuple[str, str], float] = {}
+    for found in answer.break_even.values():
+        for one in found:
+            key = (one.format, one.pattern)
+            worst[key] = max(worst.get(key, 0.0), 1.0 if one.sparsity is None else one.sparsity)
+    reachable = {key: sparsity for key, sparsity in worst.items() if sparsity < 1.0}
+    if not reachable:
+        return "no format beats the best dense layers here at every token count asked for, at any sparsity tried"
+    parts = (f"{pattern} zeros from {sparsity:.0%} on ({name})" for (name, pattern), sparsity in reachable.items())
+    return "at every shape and token count, sparse beats the best dense with " + " or ".join(parts)
+
+
+def _gain(sites: list[SitePlan], tokens: int) -> float:
+    """Return the time of the fastest dense candidates over that of the layouts chosen, summed over the sites."""
+    chosen = sum(site.time_ms(site.label, tokens) for site in sites)
+    dense = sum(site.time_ms(site.label, tokens) * site.speedups[site.label][tokens] for site in sites)
+    return dense / chosen
+
+
+def _values(dtype: Any, precision: str | None) -> str:
+    """The storage for which break-even is measured: the narrowest that is allowed."""
+    own = NAMES.get(dtype, "fp32")
+    own = own if own in PRECISIONS else "fp32"
+    return max(own, precision or own, key=PRECISIONS.index)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count > 1)
+
+
+def _load(path: object) -> nn.Module:
+    if not isinstance(path, str | os.PathLike):
+        raise ZeroskipError(f"model is a {type(path).__name__}: give an nn.Module or the path of a directory")
+    from zeroskip.io.load import load
+
+    return load(Path(path))
