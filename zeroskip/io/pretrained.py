@@ -1,0 +1,110 @@
+"""The files of a transformers model beside its weights, and the way from such a directory to a model.
+
+Models are `Any` here and mean a `transformers.PreTrainedModel`.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.hf import METHOD, ZeroskipConfig, is_ignored, ties_of, untie
+from zeroskip.io.container import Later
+from zeroskip.model import Conv1DAdapter
+
+__all__ = ["from_directory", "write_config"]
+
+
+def write_config(
+    model: Any, info: dict[str, Any], tensors: dict[str, Tensor | Later], stage: Path
+) -> dict[str, Tensor | Later]:
+    """Write config.json and its kin to `stage`; return the tensors to store, under the names to store them by."""
+    other = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if other is not None and other.quant_method != METHOD:
+        raise ZeroskipError(f"the model is quantized by {other.quant_method}; store it with its own save_pretrained")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    ties, broken = ties_of(model)
+    unwanted = model._keys_to_ignore_on_save
+    tensors = {name: t for name, t in tensors.items() if name not in ties and not is_ignored(unwanted, name)}
+    if info["sites"]:
+        if broken:
+            untie(config)
+            info = {**info, "tied": ties}
+        info, tensors = _as_conv1d(model, info, tensors)
+        config.quantization_config = ZeroskipConfig(**info)
+    else:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = dict(revert_weight_conversion(model, cast(dict[str, Tensor], tensors)))
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, stage, config=config)
+    config.save_pretrained(stage)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(stage)
+    return tensors
+
+
+def _as_conv1d(
+    model: Any, info: dict[str, Any], tensors: dict[str, Tensor | Later]
+) -> tuple[dict[str, Any], dict[str, Tensor | Later]]:
+    """Store dense sites the way round the architecture has them, so that plain transformers reads them right too."""
+    dense = [name for name, site in info["sites"].items() if site["kind"] == "dense"]
+    if not dense:
+        return info, tensors
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    info, tensors = copy.deepcopy(info), dict(tensors)
+    for name in dense:
+        if Conv1DAdapter.matches(plain.get_submodule(name)):
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = Later(weight.dtype, (weight.shape[1], weight.shape[0]), partial(_turn, weight))
+            info["sites"][name]["transposed"] = True
+    return info, tensors
+
+
+def _turn(weight: Tensor | Later) -> Tensor:
+    return (weight if isinstance(weight, Tensor) else weight.make()).detach().t().contiguous()
+
+
+def from_directory(folder: Path, config: dict[str, Any], strict: bool) -> Any:
+    """Load a Hugging Face directory as the architecture its config names.
+
+    Parameters
+    ----------
+    strict : bool
+        Whether a missing or unexpected tensor is an error; else transformers logs it.
+    """
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        what = f"transformers {transformers.__version__} has no architecture {name!r}"
+        raise ZeroskipError(f"{folder}: {what}; load it with from_pretrained")
+    options: Any = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    try:
+        loaded: Any = kind.from_pretrained(folder, **options)
+        model, report = loaded
+    except ZeroskipError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ZeroskipError(f"{folder}: transformers cannot load it as {name}: {first}") from error
+    for what in ("missing", "unexpected") if strict else ():
+        keys = sorted(report[f"{what}_keys"])
+        if keys:
+            more = f" (and {len(keys) - 1} more)" if keys[1:] else ""
+            raise ZeroskipError(f"{folder}: {keys[0]}: {what} tensor for a {name}{more}")
+    return model

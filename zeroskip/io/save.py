@@ -1,0 +1,137 @@
+"""Write a model to a directory: beside it first, renamed at the end, so that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.io import container, meta, sites
+from zeroskip.io.container import Later
+
+__all__ = ["save"]
+
+log = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Store a pruned or compiled model in a new directory; the model is not modified.
+
+    A pruned transformers model becomes an ordinary one with zeros in it, which plain transformers loads, and a file
+    zeroskip.json with the report. A compiled one has a 1-D int8 tensor for each packed site, the plan, the recipe and
+    the report in `quantization_config`; after ``import zeroskip``, ``from_pretrained`` loads it memory-mapped. Any
+    other module becomes model.safetensors and zeroskip.json, which ``load(directory, model=instance)`` reads.
+
+    Parameters
+    ----------
+    model : nn.Module
+    directory : path
+        New or empty.
+    tokenizer : optional
+        Anything with ``save_pretrained``; stored alongside.
+    max_shard_bytes : int
+        A weight file is closed before it grows past this; one tensor is never split.
+
+    Raises
+    ------
+    ZeroskipError
+        If the directory exists and is not empty, the model holds what cannot be stored, or the disk is full. Nothing
+        is then left of the attempt.
+    """
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise ZeroskipError(f"max_shard_bytes is {max_shard_bytes!r}; give a positive number of bytes")
+    target = Path(os.path.realpath(directory))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")
+    info = meta.describe(model)
+    tensors = sites.tensors_of(model)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+            raise ZeroskipError(f"{name}: is on the meta device and has no values to store; load the model first")
+    with _staged(target) as stage:
+        if meta.is_pretrained(model):
+            from zeroskip.io.pretrained import write_config
+
+            tensors = write_config(model, info, tensors, stage)
+        else:
+            tensors = _without_aliases(tensors)
+        if not meta.is_pretrained(model) or not info["sites"]:
+            _write_json(stage / meta.SIDECAR, info)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        blobs = [f"{name}.weight" for name, site in info["sites"].items() if site["kind"] == "packed"]
+        write_weights(stage, tensors, blobs, max_shard_bytes)
+    log.info("stored %d tensors, %d of them packed, in %s", len(tensors), len(blobs), target)
+
+
+def write_weights(
+    directory: Path, tensors: Mapping[str, Tensor | Later], blobs: list[str], max_shard_bytes: int
+) -> None:
+    """Write the tensors to model.safetensors, or to shards of at most `max_shard_bytes` with an index."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in container.order(tensors, blobs):
+        if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensors[name].nbytes
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for file, names in zip(files, shards, strict=True):
+        container.write(directory / file, {name: tensors[name] for name in names}, {"format": "pt"})
+    if count > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _without_aliases(tensors: Mapping[str, Tensor | Later]) -> dict[str, Tensor | Later]:
+    """Keep the first name of a tensor that has several; the instance that is filled knows of the others."""
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(sites.identity(tensor), name)
+    return {name: tensors[name] for name in first.values()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """Yield a new directory beside `target`; rename it at the end, remove it and the parents made for it on failure."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    stage = target.parent / f".{target.name}.{secrets.token_hex(4)}.saving"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        os.rename(stage, target)
+    except BaseException as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else error.strerror or str(error)
+            raise ZeroskipError(f"{target}: cannot be written: {why}; nothing was stored") from error
+        raise

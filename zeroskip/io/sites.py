@@ -1,0 +1,226 @@
+"""The layers that compiling put into a model: how each is stored, and how it is put back when the model is loaded.
+
+A `PackedLinear` is stored as its blob. A dense layer of ours (another precision, or prepacked by torch) is stored as
+the ordinary weight it holds, in its own precision, and comes back as nn.Linear; the plan then sets it up anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear
+from zeroskip.errors import ZeroskipError
+from zeroskip.formats import Packed
+from zeroskip.install import compiled_layers, put_in
+from zeroskip.io.container import Later
+from zeroskip.model import Conv1DAdapter, Site
+from zeroskip.nn import PackedLinear
+from zeroskip.ops import ACTIVATIONS
+
+__all__ = [
+    "blobs_of",
+    "describe_sites",
+    "dtype_name",
+    "finish",
+    "identity",
+    "is_float",
+    "site_problem",
+    "straighten",
+    "swap",
+    "tensors_of",
+    "verify",
+]
+
+ALIGNMENT = 64  # bytes, of a blob in memory
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def blobs_of(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the packed layers of a model by name, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def describe_sites(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what rebuilds each layer that compiling put in, beside its tensors; plain values for JSON."""
+    sites: dict[str, dict[str, Any]] = {}
+    for name, module in compiled_layers(model):
+        layer: Any = module
+        site: dict[str, Any] = {"shape": [layer.out_features, layer.in_features]}
+        if isinstance(module, PackedLinear):
+            packed = module.packed
+            site |= {"kind": "packed", "format": packed.format, "values": packed.values, "nbytes": packed.nbytes}
+            site |= {"activation": module.activation}
+        else:
+            dtype = DTYPES[module.values] if isinstance(module, OneDnnLinear) else layer.weight.dtype
+            site |= {"kind": "dense", "dtype": dtype_name(dtype), "transposed": False}
+        sites[name] = site | {"bias": None if layer.bias is None else dtype_name(layer.bias.dtype)}
+    return sites
+
+
+def site_problem(site: Any) -> str | None:
+    """Return what is wrong with one entry of `describe_sites` that was read from a file, or None."""
+    if not isinstance(site, dict):
+        return f"a {type(site).__name__}, not an object"
+    shape, bias, kind = site.get("shape"), site.get("bias"), site.get("kind")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in shape):
+        return f"shape {shape!r} is not two positive whole numbers"
+    if bias is not None and not is_float(bias):
+        return f"bias {bias!r} is not a floating-point type"
+    if kind == "dense":
+        return None if is_float(site.get("dtype")) else f"dtype {site.get('dtype')!r} is not a floating-point type"
+    if kind != "packed":
+        return f"kind {kind!r} is not known to this zeroskip; update it"
+    nbytes, activation = site.get("nbytes"), site.get("activation")
+    if type(nbytes) is not int or not 0 < nbytes < 1 << 48 or nbytes % ALIGNMENT:
+        return f"nbytes {nbytes!r} is not a positive multiple of {ALIGNMENT}"
+    if activation is not None and activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    return None
+
+
+def is_float(name: Any) -> bool:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def swap(model: nn.Module, sites: Mapping[str, dict[str, Any]], where: str | Path) -> None:
+    """Put an empty layer, on the meta device, in the place of every site.
+
+    Raises
+    ------
+    ZeroskipError
+        If the model has no such layer, or one of another shape. The model is then as it was.
+    """
+    pairs = [(_module(model, name, site, where), _empty(site)) for name, site in sites.items()]
+    for old, new in pairs:
+        if new is not None:
+            put_in(model, old, new.train(old.training))
+
+
+def _module(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Path) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ZeroskipError(f"{where}: site {name}: a {type(model).__name__} has no such layer") from None
+    layer: Any = module
+    if isinstance(module, PackedLinear | OneDnnLinear):
+        shape = [1, layer.out_features, layer.in_features]
+    else:
+        try:
+            shape = list(Site(name, module).shape)
+        except ZeroskipError:
+            raise ZeroskipError(f"{where}: site {name}: a {type(module).__name__} cannot be packed") from None
+    if shape != [1, *site["shape"]]:
+        raise ZeroskipError(f"{where}: site {name}: stored as {site['shape']} where the model has {shape[1:]}")
+    if site.get("transposed") and not Conv1DAdapter.matches(module):
+        raise ZeroskipError(f"{where}: site {name}: stored transposed, which a {type(module).__name__} is not")
+    return module
+
+
+def _empty(site: Mapping[str, Any]) -> nn.Module | None:
+    if site.get("transposed"):
+        return None  # loaded into the model's own Conv1D, then straightened
+    (rows, columns), bias = site["shape"], site["bias"]
+    layer: nn.Module
+    with torch.device("meta"):
+        if site["kind"] == "packed":
+            layer = PackedLinear(columns, rows, site["nbytes"], bias is not None, site.get("activation"))
+        else:
+            layer = nn.Linear(columns, rows, bias is not None, dtype=getattr(torch, site["dtype"]))
+            layer.requires_grad_(False)
+        if bias is not None:
+            layer.bias = nn.Parameter(torch.empty(rows, dtype=getattr(torch, bias)), requires_grad=False)
+    return layer
+
+
+def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
+    """Validate every blob of a model just filled, and copy those that do not lie on a 64-byte boundary.
+
+    Parameters
+    ----------
+    where : callable
+        From the name of a tensor to the file it came from, for the message.
+
+    Raises
+    ------
+    ZeroskipError
+        Naming file, tensor and problem.
+    """
+    for site, module in blobs_of(model).items():
+        name = f"{site}.weight"
+        blob = module.weight.detach()
+        if blob.data_ptr() % ALIGNMENT:
+            blob = blob.clone()
+            module.weight = nn.Parameter(blob, requires_grad=False)
+        try:
+            packed = Packed.from_blob(blob)
+        except ValueError as error:
+            raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
+        shape = (module.out_features, module.in_features)
+        if packed.shape != shape:
+            raise ZeroskipError(f"{where(name)}: {name}: the blob holds {packed.shape} where the model has {shape}")
+
+
+def straighten(model: nn.Module, sites: Mapping[str, dict[str, Any]]) -> None:
+    """Turn the dense sites that were loaded as Conv1D into nn.Linear."""
+    for name, site in sites.items():
+        if site.get("transposed"):
+            old: Any = model.get_submodule(name)
+            rows, columns = site["shape"]
+            layer = nn.Linear(columns, rows, old.bias is not None, device="meta")
+            layer.weight = nn.Parameter(old.weight.detach().t().contiguous(), requires_grad=False)
+            layer.bias = old.bias
+            put_in(model, old, layer.train(old.training))
+
+
+def finish(model: nn.Module, sites: Mapping[str, dict[str, Any]], dtype: str | None) -> None:
+    """Let the dense sites that are not in the model's `dtype` compute in their own, also where no plan set them up."""
+    for name, site in sites.items():
+        layer = model.get_submodule(name)
+        if type(layer) is not nn.Linear or site["kind"] != "dense" or dtype_name(layer.weight.dtype) == dtype:
+            continue
+        values = next((text for text, known in DTYPES.items() if known == layer.weight.dtype), None)
+        if values is not None:
+            put_in(model, layer, DenseLinear.pack(layer.weight, layer.bias, values).train(layer.training))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor | Later]:
+    """Return the tensors a state dict holds, under all their names; none is copied.
+
+    A weight that torch keeps prepacked becomes dense only when it is its turn to be written.
+    """
+    tensors: dict[str, Tensor | Later] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = name + "." if name else ""
+        if isinstance(module, OneDnnLinear):
+            shape = (module.out_features, module.in_features)
+            tensors[f"{prefix}weight"] = Later(DTYPES[module.values], shape, _weight_of(module))
+            if module.bias is not None:
+                tensors[f"{prefix}bias"] = cast(Tensor, module.bias)
+            continue
+        own: dict[str, Any] = {}
+        module._save_to_state_dict(own, prefix, keep_vars=True)
+        for key, value in own.items():
+            if not isinstance(value, Tensor):
+                raise ZeroskipError(f"{key}: extra state ({type(value).__name__}) cannot be stored, only tensors can")
+            tensors[key] = value
+    return tensors
+
+
+def _weight_of(module: OneDnnLinear) -> Callable[[], Tensor]:
+    return lambda: module.weight
+
+
+def identity(tensor: Tensor | Later) -> tuple[Any, ...]:
+    """Return what two names of one tensor have in common: the memory it lies in, seen the same way."""
+    if isinstance(tensor, Later) or tensor.device.type == "meta" or tensor.numel() == 0:
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
