@@ -29,7 +29,7 @@ from zeroskip.prune.report import Report, Row
 from zeroskip.prune.settings import Plan, check_sites, read_plan
 from zeroskip.prune.site import prune_site
 
-__all__ = ["prune"]
+__all__ = ["collect", "prune"]
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _calibrated(
         _tell(progress, index, last + 1, block)
         inside = sites_of(block, sites)
         if not _resumed(book, index, inside, report):
-            seen = _collect(replay, block, inside, plan.recipe.needs) if inside else {}
+            seen = collect(replay, block, inside, plan.recipe.needs) if inside else {}
             _finish(plan, inside, seen, book, index, report)
         if index < last:
             replay.advance(block)
@@ -226,9 +226,10 @@ def _tell(progress: Callable[[int, int, str], None] | None, done: int, total: in
         progress(done, total, name)
 
 
-def _collect(
+def collect(
     replay: Replay, block: Block, sites: list[Site], needs: tuple[str, ...], share: bool = True
 ) -> dict[str, tuple[int, dict[str, Tensor]]]:
+    """Return {site: (tokens, statistics)} of the sites of one block over all batches."""
     two_towers = bool(getattr(getattr(replay.model, "config", None), "is_encoder_decoder", False))
     running = 0
 
@@ -243,7 +244,7 @@ def _collect(
         return {site.name: collector.result(site) for site in sites}
     except SharingError:
         collector.close()
-        return _collect(replay, block, sites, needs, share=False)
+        return collect(replay, block, sites, needs, share=False)
     finally:
         collector.close()
 

@@ -1,0 +1,123 @@
+"""A run that is killed goes on from its journal to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import batches, llama, t5
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.prune import methods, prune
+
+HERE = Path(__file__).parent
+
+# Prunes, and kills itself with -9: either just after the record of block `at` is there, or in the middle of writing it.
+SCRIPT = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from tiny_models import MODELS, batches
+from zeroskip.calibrate import journal
+from zeroskip.prune import prune
+
+kind, method, path, at, middle = sys.argv[1:]
+real = os.replace
+
+def replace(source, target):
+    mine = str(target).endswith(f"{int(at):05d}.safetensors")
+    if mine and middle == "middle":
+        with open(source, "r+b") as file:
+            file.truncate(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+    if mine:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+journal.os.replace = replace
+prune(MODELS[kind](), method, pattern="2:4@16", calibration=batches(kind), journal=path)
+"""
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "at", "how"),
+    [("llama", "wanda+ls", 1, "after"), ("t5", "wanda+ls", 2, "middle")],
+)
+def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, kind, method, at, how):
+    make = {"llama": llama, "t5": t5}[kind]
+    path = tmp_path / "journal"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
+    run = [sys.executable, "-c", SCRIPT, kind, method, str(path), str(at), how]
+    assert subprocess.run(run, env=environment, check=False).returncode == -signal.SIGKILL
+    finished = sorted(file.name for file in path.glob("*.safetensors"))
+    assert finished == [f"{index:05d}.safetensors" for index in range(at + (how == "after"))]
+
+    whole, resumed = make(), make()
+    first = prune(whole, method, pattern="2:4@16", calibration=batches(kind))
+    second = prune(resumed, method, pattern="2:4@16", calibration=batches(kind), journal=path)
+    want, got = bits(whole), bits(resumed)
+    assert all(torch.equal(value, got[name]) for name, value in want.items())
+    assert [(row.name, row.error, row.sparsity) for row in first.rows] == [
+        (row.name, row.error, row.sparsity) for row in second.rows
+    ]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_resumes_after_any_number_of_blocks(tmp_path, method):
+    model, again, path = llama(), llama(), tmp_path / "journal"
+    given = {"sparsity": 0.4, "calibration": batches("llama", 2), "journal": path}
+    prune(model, method, **given)
+    (path / "00002.safetensors").unlink()
+    (path / "00001.safetensors").rename(path / "00001.safetensors.new")  # written, not yet in its place
+    prune(again, method, **given)
+    assert all(torch.equal(value, bits(again)[name]) for name, value in bits(model).items())
+    finished = llama()
+    prune(finished, method, **given)
+    assert all(torch.equal(value, bits(finished)[name]) for name, value in bits(model).items())
+
+
+@pytest.mark.parametrize("part", ["recipe", "weights", "data"])
+def test_a_journal_of_another_run_is_refused(tmp_path, part):
+    model, given, method = llama(), batches("llama", 1), "wanda"
+    prune(model, method, pattern="2:4", calibration=given, journal=tmp_path / "j")
+    again = model if part == "weights" else llama()
+    given = batches("llama", 2) if part == "data" else given
+    method = "wanda+ls" if part == "recipe" else method
+    with pytest.raises(ZeroskipError, match=f"another run \\({part} differ"):
+        prune(again, method, pattern="2:4", calibration=given, journal=tmp_path / "j")
+
+
+def test_what_is_no_journal_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ZeroskipError, match="holds other files"):
+        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path)
+    with pytest.raises(ZeroskipError, match="is a file"):
+        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_damage_gets_one_line(tmp_path):
+    prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+    record = tmp_path / "j" / "00001.safetensors"
+    record.write_bytes(record.read_bytes()[:-10])
+    with pytest.raises(ZeroskipError, match=r"00001\.safetensors is damaged"):
+        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+    (tmp_path / "j" / "journal.json").write_text(json.dumps([]))
+    with pytest.raises(ZeroskipError, match="is not readable"):
+        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
