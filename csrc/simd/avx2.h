@@ -61,5 +61,37 @@ inline void store_fp16(uint16_t* p, f32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+inline f32 set_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<short>(*p)), 16));
+}
+// For each byte of mask and each lane: its rank among the chosen, with the sign bit set; 0 in the lanes not chosen.
+struct Ranks {
+  int8_t of[256][8];
+};
+constexpr Ranks make_ranks() {
+  Ranks ranks{};
+  for (int bits = 0; bits < 256; ++bits)
+    for (int lane = 0, rank = 0; lane < 8; ++lane)
+      if (bits >> lane & 1) ranks.of[bits][lane] = static_cast<int8_t>(rank++ - 128);
+  return ranks;
+}
+constexpr Ranks kRanks = make_ranks();
+struct Lanes {
+  __m256i ranks;
+  int count;
+};
+inline Lanes choose(uint32_t bits) {
+  const uint32_t low = bits & 0xFF;
+  const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.of[low]));
+  return {_mm256_cvtepi8_epi32(ranks), _mm_popcnt_u32(low)};
+}
+inline f32 expand(f32 v, const Lanes& chosen) { return _mm256_permutevar8x32_ps(v, chosen.ranks); }
+inline f32 load_chosen(const float* p, const Lanes& chosen) { return _mm256_maskload_ps(p, chosen.ranks); }
+inline float sum(f32 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 }  // namespace simd
 }  // namespace

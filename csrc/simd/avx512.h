@@ -56,5 +56,17 @@ inline void store_fp16(uint16_t* p, f32 v) {
                       _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+inline f32 set_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<short>(*p)), 16));
+}
+struct Lanes {
+  __mmask16 mask;
+  int count;
+};
+inline Lanes choose(uint32_t bits) { return {static_cast<__mmask16>(bits), _mm_popcnt_u32(bits & 0xFFFF)}; }
+inline f32 expand(f32 v, const Lanes& chosen) { return _mm512_maskz_expand_ps(chosen.mask, v); }
+inline f32 load_chosen(const float* p, const Lanes& chosen) { return _mm512_maskz_loadu_ps(chosen.mask, p); }
+inline float sum(f32 v) { return _mm512_reduce_add_ps(v); }
+
 }  // namespace simd
 }  // namespace

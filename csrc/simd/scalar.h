@@ -101,5 +101,32 @@ inline void store_fp16(uint16_t* p, f32 v) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
 }
 
+// One bf16 in every lane.
+inline f32 set_bf16(const uint16_t* p) {
+  const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return set(value);
+}
+// Lanes chosen by the low kLanes bits of a word. expand(v, chosen): the k-th chosen lane gets lane k of v, the others
+// any lane of v. load_chosen: what lies at p, and 0 in the other lanes whatever lies there.
+struct Lanes {
+  u32 from, mask;
+  int count;
+};
+inline Lanes choose(uint32_t bits) {
+  Lanes chosen{};
+  for (uint32_t i = 0; i < kLanes; ++i) {
+    const uint32_t bit = bits >> i & 1;
+    chosen.from[i] = static_cast<uint32_t>(chosen.count) & (kLanes - 1);
+    chosen.mask[i] = 0u - bit;
+    chosen.count += static_cast<int>(bit);
+  }
+  return chosen;
+}
+inline f32 expand(f32 v, const Lanes& chosen) { return __builtin_shuffle(v, chosen.from); }
+inline f32 load_chosen(const float* p, const Lanes& chosen) { return (f32)((u32)load(p) & chosen.mask); }
+inline float sum(f32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
 }  // namespace simd
 }  // namespace

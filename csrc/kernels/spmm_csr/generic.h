@@ -23,16 +23,16 @@ struct Source {
   const uint64_t* offsets;  // of the unit's first row
   const Index* columns;
   const Value* values;
-  int64_t rows;
+  int64_t count;
   int64_t cursor[rows::kRows];
 
   void rewind() {
-    for (int64_t r = 0; r < rows; ++r) cursor[r] = offsets[r];
+    for (int64_t r = 0; r < count; ++r) cursor[r] = offsets[r];
   }
   rows::Run<Value, Index> run(int64_t r, int64_t, int64_t end, const float* x, int64_t) const {
     return {values + cursor[r], columns + cursor[r], static_cast<int64_t>(offsets[r + 1]) - cursor[r], end, x};
   }
-  void took(int64_t r, int64_t count) { cursor[r] += count; }
+  void took(int64_t r, int64_t taken) { cursor[r] += taken; }
 };
 
 zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
@@ -50,7 +50,7 @@ void multiply(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratc
   source.offsets = csr::row_offsets(weight) + row;
   source.columns = csr::columns<Index>(weight);
   source.values = reinterpret_cast<const Value*>(weight.section[csr::kValuesSection]);
-  source.rows = count;
+  source.count = count;
   rows::multiply(call, pass, source, *reinterpret_cast<rows::Scratch*>(scratch), row, count);
 }
 

@@ -24,12 +24,12 @@ namespace rows {
 using simd::f32;
 using zs::kPanel;
 
-constexpr int kRows = 64;                                               // rows of one unit of work
-constexpr int kBlock = 8 * simd::kLanes < 64 ? 8 * simd::kLanes : 64;   // tokens of a full block
-constexpr int kPackTokens = 16;                                         // tokens of one pack unit
-constexpr int64_t kPassBytes = 1 << 20;                                 // packed x of one pass: an L2
-constexpr int64_t kStepBytes = 32 << 10;                                // packed x of one step: an L1
-constexpr int64_t kMaxStep = 8192;                                      // columns of one step at most
+constexpr int kRows = 64;                                              // rows of one unit of work
+constexpr int kBlock = 8 * simd::kLanes < 64 ? 8 * simd::kLanes : 64;  // tokens of a full block
+constexpr int kPackTokens = 16;                                        // tokens of one pack unit
+constexpr int64_t kPassBytes = 1 << 20;                                // packed x of one pass: an L2
+constexpr int64_t kStepBytes = 32 << 10;                               // packed x of one step: an L1
+constexpr int64_t kMaxStep = 8192;                                     // columns of one step at most
 
 typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -120,7 +120,7 @@ inline void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t cou
   float* dst = reinterpret_cast<float*>(call.panel) + block * k + (first - block);
   const int64_t lanes = first + count == block + in_block ? stride - (first - block) : count;
   constexpr int64_t kColumns = 16;
-  alignas(64) float rows[4][kColumns];
+  alignas(64) float lines[4][kColumns];
   for (int64_t c = 0; c < k; c += kColumns) {
     const int64_t columns = k - c < kColumns ? k - c : kColumns;
     for (int64_t t = 0; t < lanes; t += 4) {
@@ -131,23 +131,24 @@ inline void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t cou
           if (t + i < count && v < columns)
             x = columns - v >= simd::kLanes ? panel::load_as(call.x, at + v, call.type)
                                             : panel::load_tail(call.x, at + v, columns - v, call.type);
-          simd::store(&rows[i][v], x);
+          simd::store(&lines[i][v], x);
         }
       }
       if (stride == 1)
-        for (int64_t j = 0; j < columns; ++j) dst[c + j] = rows[0][j];
+        for (int64_t j = 0; j < columns; ++j) dst[c + j] = lines[0][j];
       else if (columns == kColumns)
-        for (int64_t j = 0; j < kColumns; j += 4) transpose4(&rows[0][j], kColumns, dst + (c + j) * stride + t, stride);
+        for (int64_t j = 0; j < kColumns; j += 4)
+          transpose4(&lines[0][j], kColumns, dst + (c + j) * stride + t, stride);
       else
         for (int64_t j = 0; j < columns; ++j)
-          for (int64_t i = 0; i < 4; ++i) dst[(c + j) * stride + t + i] = rows[i][j];
+          for (int64_t i = 0; i < 4; ++i) dst[(c + j) * stride + t + i] = lines[i][j];
     }
   }
 }
 
 struct alignas(64) Scratch {
-  float sums[kRows * kBlock];    // [row][width]
-  float tile[kBlock * kPanel];   // [token][16 rows]
+  float sums[kRows * kBlock];   // [row][width]
+  float tile[kBlock * kPanel];  // [token][16 rows]
 };
 
 // Some consecutive non-zeros of a row. Those below `limit` belong to this step.
