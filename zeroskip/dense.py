@@ -45,7 +45,7 @@ torch.library.register_fake("zeroskip::onednn_linear", _onednn_linear_fake, lib=
 @cache
 def onednn_problem(values: str) -> str | None:
     """Return None if torch can prepack weights of this kind for oneDNN on this CPU, else the reason in one line."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "torch was built without oneDNN"
     try:
         weight, x = torch.ones(16, 16, dtype=DTYPES[values]), torch.ones(2, 16, dtype=DTYPES[values])
@@ -129,7 +129,7 @@ class OneDnnLinear(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack(state["_packed"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneDnnLinear:

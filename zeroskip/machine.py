@@ -6,7 +6,6 @@ import os
 import platform
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +101,10 @@ def _isa_rows() -> tuple[str, ...]:
     return rows[: rows.index(info.active) + 1] if info.active in rows else rows
 
 
-@cache
 def _version() -> str:
-    try:
-        return metadata.version("zeroskip")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    import zeroskip  # not at the top: the package imports this module
+
+    return zeroskip.__version__
 
 
 def _text(value: object) -> str:

@@ -39,7 +39,7 @@ class Tokens:
         """
         if isinstance(tokens, Tokens):
             return tokens
-        given = {tokens: 1.0} if isinstance(tokens, int) else tokens
+        given = (tokens,) if isinstance(tokens, int) else tokens
         try:
             counts = list(given)  # type: ignore[call-overload]
         except TypeError:

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.candidates import DENSE_FORMATS, Call, Layout, copies_for, layouts, packed_layout
+from zeroskip.bench.candidates import DENSE_FORMATS, Call, Layout, copies_for, format_layout, layouts
 from zeroskip.bench.measure import CACHE_BYTES, bound
 from zeroskip.bench.timer import Race, race
-from zeroskip.formats import get, names, pack
+from zeroskip.formats import names
 
 __all__ = ["BreakEven", "break_even", "crossing"]
 
@@ -112,10 +112,8 @@ def _levels(name: str, weight: Tensor, values: str) -> dict[float, tuple[str, La
     for family in (_unstructured, _strips):
         levels: dict[float, tuple[str, Layout]] = {}
         for sparsity, pattern, sparse in family(weight):
-            if get(name).accepts(sparse) is not None:
-                break
-            layout = packed_layout(pack(sparse, name, values), None)
-            if not layout.kernels:
+            layout = format_layout(name, sparse, None, values)
+            if isinstance(layout, str):
                 break
             layout.kernels = layout.kernels[:1]  # the best guess; the sites themselves are measured with all
             layout.label = f"{sparsity}"

@@ -21,7 +21,16 @@ from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack
 from zeroskip.nn import PackedLinear
 
-__all__ = ["DENSE_FORMATS", "PRECISIONS", "Layout", "allowed_values", "check_precision", "kernels_to_try", "layouts"]
+__all__ = [
+    "DENSE_FORMATS",
+    "PRECISIONS",
+    "Layout",
+    "allowed_values",
+    "check_precision",
+    "format_layout",
+    "kernels_to_try",
+    "layouts",
+]
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +128,7 @@ def layouts(
                 continue
             found.append(_torch_layout(name, weight, bias, kind, tokens))
         for name in names():
-            made = _format_layout(name, weight, bias, kind)
+            made = format_layout(name, weight, bias, kind)
             if isinstance(made, Layout):
                 found.append(made)
             else:
@@ -148,7 +157,8 @@ def _torch_layout(name: str, weight: Tensor, bias: Tensor | None, values: str, t
     return Layout(f"{name} {values}", name, values, ("torch",), True, nbytes, copies, install)
 
 
-def _format_layout(name: str, weight: Tensor, bias: Tensor | None, values: str) -> Layout | str:
+def format_layout(name: str, weight: Tensor, bias: Tensor | None, values: str) -> Layout | str:
+    """Pack `weight` [m, k] in a format and return its layout, or the reason why there is none, in one line."""
     reason = get(name).accepts(weight)
     if reason is not None:
         return reason

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 RESAMPLES = 400  # bootstrap draws; the 1 % and 99 % quantiles then rest on four draws each
 RETIRE_AT = 2.5  # a runner this many times slower than the leader after WARM_ROUNDS has lost
 HOPELESS_AT = 6.0  # one this slow in its very first call is not called again
-WARM_ROUNDS = 3
+WARM_ROUNDS = 5
 BELIEVED_S = 0.5  # two calls that take this long together say enough about a runner's speed
 LEAST_SAMPLE_S = 60e-6  # several calls make one sample until it lasts this long: the clock costs ~0.1 us
 
@@ -190,8 +190,8 @@ def _first_calls(
         prepare.get(name, _nothing)()
         calls[0]()
         times: list[float] = []
-        # One slow call may be the machine's fault: three decide, unless they are slow enough to be believed.
-        for call in (*calls[1:], *[calls[0]] * max(0, 4 - len(calls))):
+        # One slow call may be the machine's fault: five decide, unless they are slow enough to be believed.
+        for call in (*calls[1:], *[calls[0]] * max(0, 6 - len(calls))):
             start = clock()
             call()
             times.append(max(clock() - start, 1e-9))

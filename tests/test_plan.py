@@ -1,0 +1,266 @@
+"""The choice rule on injected times, and the plan as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zeroskip.bench.candidates import Layout, allowed_values, check_precision
+from zeroskip.bench.choose import Choice, buckets, choose
+from zeroskip.bench.measure import Measured
+from zeroskip.bench.oracle import Oracle
+from zeroskip.bench.timer import Race
+from zeroskip.errors import ZeroskipError
+from zeroskip.machine import this_machine
+from zeroskip.plan import ModelCheck, Plan, SitePlan, plan_of
+from zeroskip.tokens import Tokens
+
+Times = dict[str, dict[int, float]]
+
+
+def measured(times: Times, noise: float = 0.0, seed: int = 0) -> Measured:
+    """Runners "layout/kernel" with their time at each count; layouts whose name starts with "dense" or "linear" are."""
+    draw = np.random.default_rng(seed)
+    labels = list(dict.fromkeys(name.rpartition("/")[0] for name in times))
+    layouts = [
+        _layout(label, [n.rpartition("/")[2] for n in times if n.rpartition("/")[0] == label]) for label in labels
+    ]
+    counts = sorted({t for each in times.values() for t in each})
+    races = {
+        t: Race(
+            {name: list(each[t] * draw.lognormal(0, noise, 25)) for name, each in times.items() if t in each}, rounds=25
+        )
+        for t in counts
+    }
+    return Measured(layouts, races)
+
+
+def _layout(label: str, kernels: list[str]) -> Layout:
+    kind, values = label.split()
+    dense = kind in ("linear", "onednn", "dense")
+    return Layout(label, kind, values, tuple(kernels), dense, 100, lambda *_: [], torch.nn.Identity)
+
+
+def decide(times: Times, tokens: Any = (1, 32, 512), noise: float = 0.0) -> Choice:
+    return choose(measured(times, noise), Tokens.parse(tokens))
+
+
+LINEAR = {"linear fp32/torch": {1: 1.0, 32: 2.0, 512: 20.0}}
+
+
+def test_a_winner_is_installed_with_its_best_kernel_in_each_bucket() -> None:
+    choice = decide(
+        {
+            **LINEAR,
+            "bitmask fp32/gemv": {1: 0.5, 32: 2.0, 512: 60.0},
+            "bitmask fp32/gemm": {1: 0.9, 32: 1.0, 512: 10.0},
+        }
+    )
+    assert choice.label == "bitmask fp32"
+    assert choice.buckets == [(5, "gemv"), (None, "gemm")]
+    assert choice.ratios["bitmask fp32"] == {1: 2.0, 32: 2.0, 512: 2.0}
+    assert "2.00x the fastest dense layout" in choice.reason
+
+
+def test_slower_at_one_count_is_not_eligible_however_fast_elsewhere() -> None:
+    choice = decide({**LINEAR, "bitmask fp32/k": {1: 0.1, 32: 0.2, 512: 20.0 / 0.97}})
+    assert choice.label == "linear fp32"
+    assert choice.reason == "dense: linear fp32 is fastest; bitmask fp32 0.97x at 512 tokens"
+    level = decide({**LINEAR, "bitmask fp32/k": {1: 0.1, 32: 0.2, 512: 20.0 / 0.985}})
+    assert level.label == "bitmask fp32"
+
+
+def test_eligibility_is_against_the_fastest_dense_of_each_count() -> None:
+    other = {"dense fp32/a": {1: 0.4, 32: 2.5, 512: 30.0}}
+    choice = decide({**LINEAR, **other, "bitmask fp32/k": {1: 0.5, 32: 1.0, 512: 10.0}})
+    assert choice.label == "linear fp32", "which our dense kernel does not replace: it is slower at 32 and 512"
+    assert "bitmask fp32 0.80x at 1 token" in choice.reason
+
+
+def test_a_win_within_the_noise_is_no_win() -> None:
+    times = {**LINEAR, "bitmask fp32/k": {1: 0.99, 32: 1.98, 512: 19.8}}
+    noisy = decide(times, noise=0.2)
+    assert noisy.label == "linear fp32"
+    assert decide(times, noise=0.0005).label == "bitmask fp32"
+
+
+def test_the_fastest_dense_is_installed_only_beyond_the_noise() -> None:
+    clear = decide({**LINEAR, "onednn fp32/torch": {1: 0.9, 32: 1.5, 512: 15.0}})
+    assert clear.label == "onednn fp32" and clear.reason.startswith("dense: onednn fp32 is fastest")
+    level = decide({**LINEAR, "onednn fp32/torch": {1: 0.99, 32: 1.99, 512: 19.9}}, noise=0.2)
+    assert level.label == "linear fp32"
+
+
+def test_a_dense_layout_that_is_slower_somewhere_does_not_replace_the_layer() -> None:
+    choice = decide({**LINEAR, "onednn fp32/torch": {1: 1.1, 32: 1.0, 512: 10.0}})
+    assert choice.label == "linear fp32"
+    assert "onednn fp32 is faster over all but not at 1 token" in choice.reason
+
+
+def test_weights_decide_between_layouts() -> None:
+    times = {
+        **LINEAR,
+        "onednn fp32/torch": {1: 0.5, 32: 2.0, 512: 19.5},
+        "dense fp32/k": {1: 0.9, 32: 2.0, 512: 12.0},
+    }
+    assert decide(times, {1: 1000, 512: 1}).label == "onednn fp32"
+    assert decide(times, {1: 1, 512: 1000}).label == "dense fp32"
+
+
+def test_counts_in_a_list_matter_alike() -> None:
+    # Summed in seconds the 512-token calls would hide everything else.
+    times = {**LINEAR, "bitmask fp32/k": {1: 0.5, 32: 1.0, 512: 20.2}}
+    assert decide(times).label == "bitmask fp32"
+    assert decide(times, {1: 1, 32: 1, 512: 1000}).label == "linear fp32"
+
+
+def test_nothing_sparse_says_why() -> None:
+    found = measured(LINEAR)
+    found.refused["strip_nm fp32"] = "no N:M@V fits its zeros"
+    choice = choose(found, Tokens.parse((1, 32, 512)))
+    assert choice.reason == (
+        "dense: linear fp32 is fastest; no sparse format holds this weight (no N:M@V fits its zeros)"
+    )
+
+
+def test_a_candidate_that_is_wrong_at_some_count_is_out() -> None:
+    choice = decide({**LINEAR, "bitmask fp32/k": {1: 0.1, 32: 0.1}})
+    assert choice.label == "linear fp32"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "table"),
+    [
+        ({8: "a"}, [(None, "a")]),
+        ({1: "a", 32: "b", 512: "c"}, [(5, "a"), (128, "b"), (None, "c")]),
+        ({1: "a", 32: "a", 512: "c"}, [(128, "a"), (None, "c")]),
+        ({1: "a", 2: "b"}, [(1, "a"), (None, "b")]),
+    ],
+)
+def test_buckets(kernels: dict[int, str], table: list[tuple[int | None, str]]) -> None:
+    assert buckets(kernels) == table
+
+
+@pytest.mark.parametrize(
+    "bad", [(), {}, (0,), (-1,), (1.5,), ("8",), (True,), 0, None, {8: 0}, {8: -1}, {8: float("inf")}]
+)
+def test_bad_tokens(bad: Any) -> None:
+    with pytest.raises(ZeroskipError, match="tokens"):
+        Tokens.parse(bad)
+
+
+def test_tokens() -> None:
+    assert Tokens.parse((512, 1, 1)) == Tokens((1, 512))
+    assert Tokens.parse({512: 1, 1: 9}) == Tokens((1, 512), (9.0, 1.0))
+    assert Tokens.parse(4) == Tokens((4,))
+
+
+def test_precision() -> None:
+    assert check_precision(None) is None and check_precision("bf16") == "bf16"
+    for name, message in (("int4", "comes with"), ("fp23", "did you mean 'fp32'"), (16, "give None")):
+        with pytest.raises(ZeroskipError, match=message):
+            check_precision(name)  # type: ignore[arg-type]
+    assert allowed_values(torch.float32, None) == ("fp32",)
+    assert allowed_values(torch.float32, "bf16") == ("fp32", "bf16")
+    assert allowed_values(torch.bfloat16, None) == ("bf16",)
+    assert allowed_values(torch.bfloat16, "fp32") == ("bf16", "fp32")
+    assert allowed_values(torch.float16, None) == ()
+    assert allowed_values(torch.float16, "bf16") == ("fp32", "bf16")
+    assert allowed_values(torch.float64, "bf16") == ()
+
+
+def a_plan() -> Plan:
+    sites = [
+        SitePlan(
+            f"layers.{i}.fc",
+            (64, 32),
+            "fp32",
+            "8:16@64",
+            0.5,
+            "strip_nm",
+            "bf16",
+            [(5, "spmm_a"), (None, "spmm_b")],
+            "strip_nm bf16: faster",
+            8192,
+            2112,
+            {"strip_nm bf16": {"spmm_a": {1: 0.5, 32: 1.0}}},
+            {"strip_nm bf16": {1: 2.0, 32: 1.5}},
+            {"strip_nm bf16": 2112},
+            {"csr fp32": "not today"},
+            "layers.0.fc",
+        )
+        for i in range(3)
+    ]
+    check = ModelCheck("eager", "kept", "interleaved", {1: (1.2, 1.1, 1.3), 32: (1.4, 1.3, 1.5)})
+    return Plan(this_machine(), Tokens((1, 32), (3.0, 1.0)), "bf16", sites, [check], ["a note"])
+
+
+def test_plan_round_trip(tmp_path: Path) -> None:
+    plan = a_plan()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_plan_as_text() -> None:
+    text = str(a_plan())
+    assert "layers.*.fc (3)" in text and "8:16@64 50%" in text and "strip_nm bf16" in text
+    assert "2.00" in text and "1.50" in text and "strip_nm bf16: faster" in text
+    assert "1.20x (1.10-1.30) at 1 token," in text and "note: a note" in text
+    assert all(len(line) <= 140 for line in text.splitlines())
+
+
+def test_plan_of_a_model_without_one() -> None:
+    with pytest.raises(ZeroskipError, match=r"zs\.compile"):
+        plan_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("damage", [{"version": 99}, {"sites": [{}]}, {"machine": {"cpu": 1}}, {"tokens": None}])
+def test_damaged_plans(damage: dict[str, Any]) -> None:
+    with pytest.raises(ZeroskipError, match="plan"):
+        Plan.from_dict({**a_plan().to_dict(), **damage})
+
+
+def test_unreadable_plans(tmp_path: Path) -> None:
+    with pytest.raises(ZeroskipError, match=r"nowhere\.json"):
+        Plan.load(tmp_path / "nowhere.json")
+    (tmp_path / "other.json").write_text("[1, 2")
+    with pytest.raises(ZeroskipError, match=r"other\.json"):
+        Plan.load(tmp_path / "other.json")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(ZeroskipError, match="not a plan"):
+        Plan.load(tmp_path / "list.json")
+
+
+def test_machines_differ_by_name() -> None:
+    here = this_machine()
+    assert here.differences(here) == []
+    other = dataclasses.replace(here, threads=99, isa=("scalar",))
+    assert any("threads 99" in line for line in other.differences(here))
+    assert type(here).from_dict(json.loads(json.dumps(here.to_dict()))) == here
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_oracle(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(shape, generator=generator).to(dtype) for shape in ((37, 61), (5, 61)))
+    oracle = Oracle(weight, None, x)
+    right = (x.double() @ weight.double().t()).to(dtype)
+    values = "fp32" if dtype == torch.float32 else "bf16"
+    assert oracle.problem(right, values) is None
+    wrong = right.clone()
+    wrong[4, 36] += 4.0
+    assert "off by" in (oracle.problem(wrong, values) or "")
+    wrong[0, 0] = float("nan")
+    assert oracle.problem(wrong, values) == "gave NaN or Inf"
+    assert "expected" in (oracle.problem(right[:, 1:], values) or "")
+    if dtype == torch.float32:
+        rounded = x @ weight.bfloat16().float().t()
+        assert oracle.problem(rounded, "bf16") is None and oracle.problem(rounded, "fp32") is not None
