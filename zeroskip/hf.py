@@ -62,9 +62,9 @@ class ZeroskipQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        info = self.quantization_config.to_dict()
+        info, dtype = self.quantization_config.to_dict(), model.config.dtype  # the one asked for
         if not checkpoint_files:
             raise ZeroskipError("a model compiled by zeroskip is loaded from its files; a state_dict alone does not do")
         found = read_files([Path(file) for file in checkpoint_files])
@@ -131,7 +131,7 @@ def _as_loaded(site: dict[str, Any], info: dict[str, Any], dtype: Any) -> dict[s
 
 def _set_dtypes(model: Any, info: dict[str, Any], dtype: Any) -> None:
     """Give the parameters that were stored in a dtype of their own that dtype, unless another dtype was asked for."""
-    if str(dtype).removeprefix("torch.") != info.get("dtype"):
+    if sites.dtype_name(dtype) != info.get("dtype"):
         return
     for name, stored in info.get("dtypes", {}).items():
         here = _here(model, name)

@@ -120,7 +120,7 @@ def restore(model: nn.Module, info: Mapping[str, Any], where: str | Path) -> Non
     from zeroskip.plan import Plan
     from zeroskip.prune.report import Report
 
-    straighten(model, info["sites"])
+    turned = straighten(model, info["sites"])
     for what, kind in (("plan", Plan), ("report", Report)):
         stored = info.get(what)
         if stored is None:
@@ -132,4 +132,4 @@ def restore(model: nn.Module, info: Mapping[str, Any], where: str | Path) -> Non
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ZeroskipError(f"{where}: the {what} cannot be used: {type(error).__name__} {error}") from error
         object.__setattr__(model, f"zeroskip_{what}", value)
-    finish(model, info["sites"], _dtypes(model, info["sites"])[0])
+    finish(model, info["sites"], _dtypes(model, info["sites"])[0], turned)

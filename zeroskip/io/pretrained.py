@@ -6,14 +6,16 @@ Models are `Any` here and mean a `transformers.PreTrainedModel`.
 from __future__ import annotations
 
 import copy
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+from zeroskip.dense import OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf import METHOD, ZeroskipConfig, is_ignored, ties_of, untie
 from zeroskip.io.container import Later
@@ -39,7 +41,8 @@ def write_config(
         if broken:
             untie(config)
             info = {**info, "tied": ties}
-        info, tensors = _as_conv1d(model, info, tensors)
+        info = copy.deepcopy(info)
+        tensors = _as_conv1d(model, info["sites"], tensors)
         config.quantization_config = ZeroskipConfig(**info)
     else:
         if hasattr(config, "quantization_config"):
@@ -47,6 +50,7 @@ def write_config(
         from transformers.core_model_loading import revert_weight_conversion
 
         tensors = dict(revert_weight_conversion(model, cast(dict[str, Tensor], tensors)))
+        tensors = _as_conv1d(model, {}, tensors)
     if model.is_remote_code():
         from transformers.dynamic_module_utils import custom_object_save
 
@@ -58,21 +62,25 @@ def write_config(
 
 
 def _as_conv1d(
-    model: Any, info: dict[str, Any], tensors: dict[str, Tensor | Later]
-) -> tuple[dict[str, Any], dict[str, Tensor | Later]]:
-    """Store dense sites the way round the architecture has them, so that plain transformers reads them right too."""
-    dense = [name for name, site in info["sites"].items() if site["kind"] == "dense"]
-    if not dense:
-        return info, tensors
+    model: Any, sites: dict[str, dict[str, Any]], tensors: dict[str, Tensor | Later]
+) -> dict[str, Tensor | Later]:
+    """Store linear layers that stand where the architecture has a Conv1D its way round, and note it in `sites`.
+
+    Plain transformers would else fail to load them, or read a square one transposed.
+    """
+    if not any(hasattr(sys.modules.get(type(module).__module__), "Conv1D") for module in model.modules()):
+        return tensors
     with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    info, tensors = copy.deepcopy(info), dict(tensors)
-    for name in dense:
-        if Conv1DAdapter.matches(plain.get_submodule(name)):
-            weight = tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = Later(weight.dtype, (weight.shape[1], weight.shape[0]), partial(_turn, weight))
-            info["sites"][name]["transposed"] = True
-    return info, tensors
+        plain = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+    tensors = dict(tensors)
+    for name, module in model.named_modules():
+        key = f"{name}.weight"
+        if isinstance(module, nn.Linear | OneDnnLinear) and name in plain and Conv1DAdapter.matches(plain[name]):
+            weight = tensors[key]
+            tensors[key] = Later(weight.dtype, (weight.shape[1], weight.shape[0]), partial(_turn, weight))
+            if name in sites:
+                sites[name]["transposed"] = True
+    return tensors
 
 
 def _turn(weight: Tensor | Later) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from zeroskip import _core
 from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
@@ -99,10 +100,15 @@ def swap(model: nn.Module, sites: Mapping[str, dict[str, Any]], where: str | Pat
     ZeroskipError
         If the model has no such layer, or one of another shape. The model is then as it was.
     """
-    pairs = [(_module(model, name, site, where), _empty(site)) for name, site in sites.items()]
-    for old, new in pairs:
-        if new is not None:
-            put_in(model, old, new.train(old.training))
+    places = [(_module(model, name, site, where), site) for name, site in sites.items()]
+    for old, site in places:
+        if site.get("transposed"):  # loaded into the model's own Conv1D, then straightened
+            for name, dtype in (("weight", site["dtype"]), ("bias", site["bias"])):
+                if dtype is not None:
+                    empty = torch.empty_like(getattr(old, name), dtype=getattr(torch, dtype), device="meta")
+                    setattr(old, name, nn.Parameter(empty, requires_grad=False))
+        else:
+            put_in(model, old, _empty(site).train(old.training))
 
 
 def _module(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Path) -> nn.Module:
@@ -125,9 +131,7 @@ def _module(model: nn.Module, name: str, site: Mapping[str, Any], where: str | P
     return module
 
 
-def _empty(site: Mapping[str, Any]) -> nn.Module | None:
-    if site.get("transposed"):
-        return None  # loaded into the model's own Conv1D, then straightened
+def _empty(site: Mapping[str, Any]) -> nn.Module:
     (rows, columns), bias = site["shape"], site["bias"]
     layer: nn.Module
     with torch.device("meta"):
@@ -161,6 +165,7 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
             blob = blob.clone()
             module.weight = nn.Parameter(blob, requires_grad=False)
         try:
+            _check_hash(blob)
             packed = Packed.from_blob(blob)
         except ValueError as error:
             raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
@@ -169,8 +174,19 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
             raise ZeroskipError(f"{where(name)}: {name}: the blob holds {packed.shape} where the model has {shape}")
 
 
-def straighten(model: nn.Module, sites: Mapping[str, dict[str, Any]]) -> None:
-    """Turn the dense sites that were loaded as Conv1D into nn.Linear."""
+def _check_hash(blob: Tensor) -> None:
+    # The cache of validated blobs goes by address and header. A file mapped where another one was, with the same header
+    # and other contents, would pass unseen, so what was just read is hashed whatever the cache says.
+    if blob.numel() < 64 or blob.numel() % 64:
+        return  # refused by the check that follows
+    found = _core.hash_blob(blob.data_ptr(), blob.numel())
+    if bytes(blob[40:48].numpy()) != found.to_bytes(8, "little"):
+        raise ZeroskipError("content hash differs: the bytes were changed or damaged")
+
+
+def straighten(model: nn.Module, sites: Mapping[str, dict[str, Any]]) -> dict[str, nn.Module]:
+    """Turn the dense sites that were loaded as Conv1D into nn.Linear, which a plan can set up; return the old ones."""
+    turned: dict[str, nn.Module] = {}
     for name, site in sites.items():
         if site.get("transposed"):
             old: Any = model.get_submodule(name)
@@ -179,17 +195,23 @@ def straighten(model: nn.Module, sites: Mapping[str, dict[str, Any]]) -> None:
             layer.weight = nn.Parameter(old.weight.detach().t().contiguous(), requires_grad=False)
             layer.bias = old.bias
             put_in(model, old, layer.train(old.training))
+            turned[name] = old
+    return turned
 
 
-def finish(model: nn.Module, sites: Mapping[str, dict[str, Any]], dtype: str | None) -> None:
-    """Let the dense sites that are not in the model's `dtype` compute in their own, also where no plan set them up."""
+def finish(
+    model: nn.Module, sites: Mapping[str, dict[str, Any]], dtype: str | None, turned: Mapping[str, nn.Module]
+) -> None:
+    """See to the dense sites that no plan set up: those not in the model's `dtype` still compute in their own."""
     for name, site in sites.items():
         layer = model.get_submodule(name)
-        if type(layer) is not nn.Linear or site["kind"] != "dense" or dtype_name(layer.weight.dtype) == dtype:
+        if site["kind"] != "dense" or type(layer) is not nn.Linear:
             continue
         values = next((text for text, known in DTYPES.items() if known == layer.weight.dtype), None)
-        if values is not None:
+        if values is not None and dtype_name(layer.weight.dtype) != dtype:
             put_in(model, layer, DenseLinear.pack(layer.weight, layer.bias, values).train(layer.training))
+        elif name in turned:
+            put_in(model, layer, turned[name])
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor | Later]:
