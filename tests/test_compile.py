@@ -363,3 +363,41 @@ def test_bad_input() -> None:
 def test_nothing_to_compile() -> None:
     net = compile(nn.Sequential(nn.ReLU()))
     assert "no linear layers" in str(plan_of(net)) and isinstance(plan_of(net), Plan)
+
+
+def test_layers_that_others_read_directly_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, SPARSE)
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    hooked = nn.Linear(64, 64)
+    hooked.register_forward_hook(lambda *_: None)
+    net = nn.ModuleList(
+        [nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), Own(64, 64), hooked, nn.Linear(64, 64)]
+    )
+    with torch.no_grad():
+        for site in find_sites(net):
+            site.write(strips(site.weight()[0])[None])
+    net.eval()
+    x = torch.randn(2, 3, 64)
+    with torch.inference_mode():
+        want = net[0](x)
+        compile(net, tokens=(1,))
+        assert close(net[0](x), want)
+    assert [site.name for site in plan_of(net).sites] == ["3"] and isinstance(net[3], PackedLinear)
+    notes = str(plan_of(net))
+    assert "reads its weight directly" in notes and "Own computes in a way of its own" in notes and "hooks" in notes
+
+
+def test_a_model_that_does_not_run_packed_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, SPARSE)
+
+    class Nosy(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.first.weight.t()
+
+    net = compile(Nosy(), tokens=(1,), example_inputs=X)
+    assert type(net.first) is nn.Linear and net(X).shape == (6, 128)
+    assert "put back: does not run with packed layers" in plan_of(net).sites[0].reason

@@ -14,11 +14,11 @@ from torch import nn
 
 from zeroskip.bench.break_even import BreakEven, break_even
 from zeroskip.bench.candidates import NAMES, PRECISIONS, check_precision
-from zeroskip.compile import Planner, plannable
 from zeroskip.errors import ZeroskipError
 from zeroskip.install import compiled_layers, thaw
 from zeroskip.machine import Machine, this_machine
 from zeroskip.plan import SitePlan, plain
+from zeroskip.planner import Planner, plannable
 from zeroskip.tokens import Tokens
 
 __all__ = ["Analysis", "analyze"]
@@ -160,10 +160,13 @@ def _least(answer: Analysis) -> str:
         for one in found:
             key = (one.format, one.pattern)
             worst[key] = max(worst.get(key, 0.0), 1.0 if one.sparsity is None else one.sparsity)
-    reachable = {key: sparsity for key, sparsity in worst.items() if sparsity < 1.0}
-    if not reachable:
+    best: dict[str, tuple[float, str]] = {}
+    for (name, pattern), sparsity in worst.items():
+        if sparsity < best.get(pattern, (1.0, ""))[0]:
+            best[pattern] = (sparsity, name)
+    if not best:
         return "no format beats the best dense layers here at every token count asked for, at any sparsity tried"
-    parts = (f"{pattern} zeros from {sparsity:.0%} on ({name})" for (name, pattern), sparsity in reachable.items())
+    parts = (f"{pattern} zeros from {sparsity:.0%} on ({name})" for pattern, (sparsity, name) in best.items())
     return "at every shape and token count, sparse beats the best dense with " + " or ".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.plan import Plan, SitePlan
 
-__all__ = ["apply_tuning", "build", "compiled_layers", "put_in", "stored_weight", "thaw", "weights_of"]
+__all__ = ["apply_tuning", "build", "compiled_layers", "put_all", "put_in", "stored_weight", "thaw", "weights_of"]
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,18 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
 
 def put_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace the module `old` by `new` under every name it has in the model."""
-    if old is new:
+    put_all(model, [(old, new)])
+
+
+def put_all(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Replace the first module of each pair by the second, in one walk over the model."""
+    swaps = {id(old): (old, new) for old, new in pairs if old is not new}
+    if not swaps:
         return
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            if child is not None and id(child) in swaps:
+                parent._modules[name] = swaps[id(child)][1]
 
 
 def compiled_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -38,6 +38,7 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")  # from wide to narrow; "down to" 
 SERVED = ("fp32", "bf16")
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 DENSE_FORMATS = ("dense",)  # formats that store every weight; the others have to beat these
+FEW_ZEROS = 0.02  # with fewer, every sparse layout stores more than the dense ones: not worth the time
 Call = Callable[[Tensor], Tensor]
 
 
@@ -118,6 +119,8 @@ def layouts(
     own = NAMES.get(weight.dtype, str(weight.dtype))
     found = [_as_it_stands(module, weight, own)]
     refused: dict[str, str] = {}
+    zeros = 1.0 - float(torch.count_nonzero(weight)) / weight.numel()
+    few = None if zeros >= FEW_ZEROS else f"the weight has too few zeros: {zeros:.1%}"
     for kind in values:
         for name, rival in rivals().items():
             if f"{name} {kind}" == found[0].label:
@@ -128,6 +131,9 @@ def layouts(
                 continue
             found.append(_torch_layout(name, weight, bias, kind, tokens))
         for name in names():
+            if few is not None and name not in DENSE_FORMATS:
+                refused[f"{name} {kind}"] = few
+                continue
             made = format_layout(name, weight, bias, kind)
             if isinstance(made, Layout):
                 found.append(made)

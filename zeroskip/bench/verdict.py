@@ -10,7 +10,7 @@ from torch import nn
 
 from zeroskip.bench.timer import Race, Ratio
 from zeroskip.bench.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
-from zeroskip.install import put_in, thaw
+from zeroskip.install import put_all, thaw
 from zeroskip.machine import available_memory_bytes
 from zeroskip.plan import ModelCheck
 
@@ -62,6 +62,11 @@ class Verdict:
         if isinstance(self.calls, str):
             return ModelCheck("eager", "skipped", self.calls)
         with evaluating(self.model):
+            problem = self._failure(self.calls)
+            if problem is not None:
+                log.warning("the model does not run with packed layers, it is put back: %s", problem)
+                self.put_back()
+                return ModelCheck("eager", "put back", f"does not run with packed layers: {problem}")
             ratios = self._ratios(self.calls, BUDGET_S)
             doubtful = {t: self.calls[t] for t, ratio in ratios.items() if ratio.value < SLOWER <= ratio.high}
             if doubtful and self.keeps_both:
@@ -72,6 +77,15 @@ class Verdict:
         method = "interleaved" if self.keeps_both else "one after the other, each against the same control"
         found = {t: (ratio.value, ratio.low, ratio.high) for t, ratio in ratios.items()}
         return ModelCheck("eager", "put back" if slower else "kept", method, found)
+
+    def _failure(self, calls: dict[int, Call]) -> str | None:
+        """Return why the compiled model does not run; some models read the weights of their layers themselves."""
+        try:
+            for call in calls.values():
+                call()
+        except Exception as error:  # whatever it is, the dense model ran
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+        return None
 
     def put_back(self) -> None:
         """Restore the dense layers: those that were kept, else read again or unpacked."""
@@ -87,11 +101,7 @@ class Verdict:
         return {t: ratio_by_control(self.dense_races[t], after[t]) for t in calls}
 
     def _dense(self) -> None:
-        for old, new in self.swaps.values():
-            if old is not None:
-                put_in(self.model, new, old)
+        put_all(self.model, [(new, old) for old, new in self.swaps.values() if old is not None])
 
     def _compiled(self) -> None:
-        for old, new in self.swaps.values():
-            if old is not None:
-                put_in(self.model, old, new)
+        put_all(self.model, [(old, new) for old, new in self.swaps.values() if old is not None])

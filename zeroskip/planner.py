@@ -1,0 +1,150 @@
+"""Which sites can be planned, and the plan of one site: measure what can run it, choose, write down why."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.bench.candidates import NAMES, allowed_values
+from zeroskip.bench.choose import Choice, choose
+from zeroskip.bench.measure import Measured, measure
+from zeroskip.errors import ZeroskipError
+from zeroskip.install import weights_of
+from zeroskip.model import Site, select_sites
+from zeroskip.plan import SitePlan
+from zeroskip.tokens import Tokens
+from zeroskip.zeros import Zeros, find_zeros
+
+__all__ = ["Planner", "check_weights", "plannable", "site_plan"]
+
+log = logging.getLogger(__name__)
+
+NEAR = 0.02  # weights whose non-zeros differ by less are measured once
+
+
+class Planner:
+    """Measures sites and chooses for them; sites that share a key are measured once.
+
+    The key is shape, dtype, pattern, non-zeros within 2 %, and whether there is a bias. The number of threads is the
+    process's.
+    """
+
+    def __init__(self, tokens: Tokens, precision: str | None, working_set_bytes: int, budget_s: float) -> None:
+        self.tokens, self.precision = tokens, precision
+        self.working_set_bytes, self.budget_s = working_set_bytes, budget_s
+        self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
+
+    def plan(self, site: Site, notes: list[str]) -> SitePlan:
+        """Return the plan of one site, measured here or at an earlier site of the same key."""
+        weight, bias = weights_of(site)
+        zeros = find_zeros(weight)
+        key = (*weight.shape, weight.dtype, zeros.pattern, bias is not None)
+        for nnz, known in self._known.setdefault(key, []):
+            if abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
+                return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
+        log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
+        measured = self.measure(site, weight, bias)
+        made = site_plan(site.name, weight, zeros, measured, choose(measured, self.tokens))
+        notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
+        self._known[key].append((zeros.nnz, made))
+        return made
+
+    def measure(self, site: Site, weight: Tensor, bias: Tensor | None) -> Measured:
+        return measure(
+            site.module,
+            weight,
+            bias,
+            values=allowed_values(weight.dtype, self.precision),
+            tokens=self.tokens.counts,
+            working_set_bytes=self.working_set_bytes,
+            budget_s=self.budget_s,
+        )
+
+
+def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choice: Choice) -> SitePlan:
+    """Write down what was measured and chosen at one site."""
+    layout = measured.layout(choice.label)
+    times: dict[str, dict[str, dict[int, float]]] = {}
+    for tokens, result in measured.races.items():
+        for runner in result.names:
+            label, _, kernel = runner.rpartition("/")
+            times.setdefault(label, {}).setdefault(kernel, {})[tokens] = result.median(runner) * 1e3
+    return SitePlan(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=NAMES[weight.dtype],
+        pattern=zeros.pattern,
+        sparsity=zeros.sparsity,
+        format=layout.format,
+        values=layout.values,
+        kernels=choice.buckets,
+        reason=choice.reason,
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=layout.nbytes,
+        times_ms=times,
+        speedups=choice.ratios,
+        layout_bytes={layout.label: layout.nbytes for layout in measured.layouts},
+        excluded={**measured.refused, **measured.wrong},
+        measured_at=name,
+    )
+
+
+def check_weights(sites: list[Site]) -> None:
+    """Raise ZeroskipError if a weight is not on the CPU or holds NaN or Inf; the line names the site."""
+    for site in sites:
+        weight = site.weight()
+        if weight.device.type != "cpu":
+            raise ZeroskipError(f"{site.name}: the weight is on {weight.device}; move the model with .to('cpu') first")
+        if not bool(torch.isfinite(weight).all()):
+            raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
+
+
+def plannable(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
+    """Return the sites that can be planned, and one note for each kind that cannot."""
+    every, skipped = select_sites(model, exclude=())
+    notes = [f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items()]
+    check_weights(every)
+    bound = _bound_to_parents(model)
+    sites: list[Site] = []
+    for site in every:
+        reason = _obstacle(site, bound)
+        if reason is not None:
+            notes.append(f"{site.name}: stays dense, {reason}")
+        elif allowed_values(site.weight().dtype, precision):
+            sites.append(site)
+    left = [site for site in every if not allowed_values(site.weight().dtype, precision)]
+    for name in sorted({NAMES.get(site.weight().dtype, str(site.weight().dtype)) for site in left}):
+        cure = "; give precision='bf16' or 'fp32' to have them measured" if name == "fp16" else ""
+        notes.append(f"{len(left)} sites stay dense: their {name} weights have no kernels{cure}")
+    if not every:
+        notes.append("the model has no linear layers to compile")
+    for note in notes:
+        log.info("%s", note)
+    return sites, notes
+
+
+def _bound_to_parents(model: nn.Module) -> dict[int, str]:
+    """Return {id of a layer: its parent's kind} for layers whose parent computes with their weight itself."""
+    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    owners = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(child): type(owner).__name__ for owner in owners for child in owner.children()}
+
+
+def _obstacle(site: Site, bound: Mapping[int, str]) -> str | None:
+    """Return why the site cannot be replaced by another module, None if it can."""
+    module = site.module
+    if site.shape[0] != 1:
+        return "stacks of matrices are not compiled yet"
+    if id(module) in bound:
+        return f"{bound[id(module)]} reads its weight directly"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} computes in a way of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, which another module would not call"
+    return None
