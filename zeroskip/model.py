@@ -197,11 +197,11 @@ def select_sites(
     sites: list[Site] = []
     skipped: dict[str, str] = {}
     for site in every:
-        pattern = next((p for p in unwanted if _fits(p, site.name)), None)
+        barred = next((p for p in unwanted if _fits(p, site.name)), None)
         if wanted and not any(_fits(p, site.name) for p in wanted):
             skipped[site.name] = "not included"
-        elif pattern is not None:
-            skipped[site.name] = f"excluded by {pattern!r}"
+        elif barred is not None:
+            skipped[site.name] = f"excluded by {barred!r}"
         elif id(getattr(site.module, "weight", None)) in tied and site.name not in wanted:
             skipped[site.name] = "weight tied to another module; name it in include= to prune both"
         else:
