@@ -40,14 +40,22 @@ inline float widen(uint16_t bits) {
   return value;
 }
 
+// Hides where a weight comes from: otherwise GCC gathers eight of them into vectors, and spills (12 times slower).
+inline float opaque(float weight) {
+#if defined(__x86_64__)
+  asm("" : "+x"(weight));
+#endif
+  return weight;
+}
+
 // One, four or a whole vector of tokens under the same names.
 struct One {
   typedef float Vector;
   static constexpr int kWidth = 1;
   static Vector load(const float* p) { return *p; }
   static void store(float* p, Vector v) { *p = v; }
-  static Vector set(const float* p) { return *p; }
-  static Vector set(const uint16_t* p) { return widen(*p); }
+  static Vector set(const float* p) { return opaque(*p); }
+  static Vector set(const uint16_t* p) { return opaque(widen(*p)); }
   static Vector add(Vector a, Vector b) { return a + b; }
   static Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
 };
@@ -189,8 +197,8 @@ inline int64_t multiply_row(const Run<Value, Index>& run, float* sums, bool firs
 }
 
 // The sums of `rows` rows and `count` tokens leave in rows of y.
-inline void finish_block(const zs::Call& call, Scratch& scratch, int64_t row, int64_t rows, int64_t token,
-                         int64_t count, int64_t stride) {
+__attribute__((noinline)) void finish_block(const zs::Call& call, Scratch& scratch, int64_t row, int64_t rows,
+                                            int64_t token, int64_t count, int64_t stride) {
   for (int64_t i = rows * stride; i < (rows + kPanel - 1) / kPanel * kPanel * stride; ++i) scratch.sums[i] = 0;
   for (int64_t p = 0; p < rows; p += kPanel) {
     const float* tile = scratch.sums + p;  // as it is for a single token
