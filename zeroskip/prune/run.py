@@ -199,7 +199,8 @@ def _calibrated(
     batches = read_batches(model, calibration, one_logit=all(block.name != block.group for block in blocks))
     book = Journal(journal, model, plan.settings, batches) if journal is not None else None
     replay = Replay(model, blocks, batches, plan.settings["seed"])
-    lost = [site for site in sites if not any(site in sites_of(block, sites) for block in replay.order)]
+    called = {site.name for block in replay.order for site in sites_of(block, sites)}
+    lost = [site for site in sites if site.name not in called]
     if lost:
         # Lists whose items are used but never called: their sites, where called, are blocks of their own.
         replay = Replay(model, [*replay.order, *(Block(s.name, s.module, s.name) for s in lost)], batches, replay.seed)
