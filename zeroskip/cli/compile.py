@@ -15,6 +15,9 @@ __all__ = ["compile", "token_counts"]
 Tokens = Annotated[
     str, typer.Option(metavar="T[,T...]", help="Token counts to be good at; COUNT:WEIGHT says how often each occurs.")
 ]
+Precision = Annotated[
+    str | None, typer.Option(help="Storage and compute down to fp32 or bf16 may compete. Default: the model's own.")
+]
 
 
 @command("compile", "zeroskip compile out out-compiled --tokens 1,32,512 --precision bf16")
@@ -22,9 +25,7 @@ def compile(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A pruned model: a directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
     tokens: Tokens = "1,32,512",
-    precision: Annotated[
-        str | None, typer.Option(help="Storage and compute down to fp32 or bf16 may compete. Default: the model's own.")
-    ] = None,
+    precision: Precision = None,
     json_path: Json = None,
 ) -> None:
     """Compile MODEL for this machine and store it, with its plan, in OUT.

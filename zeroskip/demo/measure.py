@@ -92,6 +92,9 @@ def measure(
     dtype: str,
     inputs: Mapping[int, Batch],
     note: Note = lambda _: None,
+    *,
+    compile_models: bool = True,
+    budget_s: Mapping[int, float] = BUDGET_S,
 ) -> Speeds:
     """Time every kind of dense model and our sparse one.
 
@@ -108,6 +111,10 @@ def measure(
     inputs : mapping from batch size to batch
     note : callable
         Told what is being done.
+    compile_models : bool
+        Whether to time every kind under torch.compile too, which takes longest.
+    budget_s : mapping from batch size to seconds
+        Of the race at each batch size.
     """
     speeds = Speeds(tokens={size: tuple(batch["input_ids"].shape) for size, batch in inputs.items()})  # type: ignore[misc]
     models = dict(dense_models(dense, dtype)) | {OURS: sparse}
@@ -116,10 +123,10 @@ def measure(
         note(f"batch {size}: eager")
         entries = {name: eager(model) for name, model in models.items()}
         entries = _agreeing(entries, batch, truths[size], speeds)
-        first = race(_calls(entries, batch), budget_s=BUDGET_S.get(size, 6.0) / 4, min_rounds=2)
+        first = race(_calls(entries, batch), budget_s=budget_s[size] / 4, min_rounds=2)
         limit = HOPELESS * first.median(first.fastest())
-        for name in [name for name in entries if not name.startswith("oneDNN")]:
-            # torch.compile with freezing prepacks for oneDNN by itself, so that kind is not compiled twice.
+        # torch.compile with freezing prepacks for oneDNN by itself, so that kind is not compiled twice.
+        for name in [name for name in entries if compile_models and not name.startswith("oneDNN")]:
             if first.median(name) > limit:
                 speeds.missing[f"{name}{COMPILED}, batch {size}"] = "not compiled, its eager form is 4x behind"
                 continue
@@ -132,7 +139,7 @@ def measure(
                 continue
             entries |= _agreeing({f"{name}{COMPILED}": entry}, batch, truths[size], speeds)
         note(f"batch {size}: timing {len(entries)} kinds")
-        timed = race(_calls(entries, batch), budget_s=BUDGET_S.get(size, 6.0), min_rounds=7, core=_dense(entries))
+        timed = race(_calls(entries, batch), budget_s=budget_s[size], min_rounds=7, core=_dense(entries))
         _record(speeds, timed, size)
     return speeds
 

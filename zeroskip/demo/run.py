@@ -57,6 +57,7 @@ def run(
     test_pairs: int = 1000,
     texts: int = 512,
     speed: bool = True,
+    budget_s: float = 0.5,
     docs: list[data.Docstring] | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Result:
@@ -74,6 +75,8 @@ def run(
         Pairs to search among; docstrings to calibrate on.
     speed : bool
         Whether to time the rivals; without it the result holds quality and sizes.
+    budget_s : float
+        Of `zeroskip.compile`.
     docs : list of Docstring, optional
         Instead of the standard library's.
     progress : callable
@@ -103,7 +106,7 @@ def run(
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
     sparse = copy.deepcopy(reference).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     longest = max(batch["input_ids"].numel() for batch in inputs.values())
-    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16")
+    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16", budget_s=budget_s)
     clock("quality of sparse")
     quality_sparse = task.recall(sparse, tokenizer, split.pairs)
     clock("speed")

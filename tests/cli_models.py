@@ -1,0 +1,64 @@
+"""Model directories with tokenizers for the tests of the command line; everything random, nothing downloaded."""
+
+from pathlib import Path
+
+import torch
+
+SOME = "return the a list of in order name key file item open read line raise an error"
+WORDS = [*SOME.split(" "), *(f"word{number}" for number in range(30))]
+
+
+def write_tokenizer(directory: Path, special: list[str]) -> int:
+    """Write a word-level tokenizer; return the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    unknown = special[1]
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": special[0], "unk_token": unknown}
+    if "[CLS]" in special:
+        pair = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pair)
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    else:
+        names["eos_token"] = special[2]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(directory)
+    return len(vocabulary)
+
+
+def write_encoder(directory: Path, hidden: int = 64, layers: int = 2) -> Path:
+    """A BertModel whose linear layers hold any of the patterns (all sizes are multiples of 64)."""
+    from transformers import BertConfig, BertModel
+
+    size = write_tokenizer(directory, ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(directory)
+    return directory
+
+
+def write_decoder(directory: Path) -> Path:
+    """A small LlamaForCausalLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = write_tokenizer(directory, ["<pad>", "<unk>", "<eos>"])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
