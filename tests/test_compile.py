@@ -22,6 +22,8 @@ from zeroskip.install import apply_tuning, thaw
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.plan import Plan, plan_of
+from zeroskip.planner import Planner
+from zeroskip.tokens import Tokens
 
 SPARSE = prefer("strip_nm")
 X = torch.randn(6, 64, generator=torch.Generator().manual_seed(5))
@@ -401,3 +403,12 @@ def test_a_model_that_does_not_run_packed_is_put_back(monkeypatch: pytest.Monkey
     net = compile(Nosy(), tokens=(1,), example_inputs=X)
     assert type(net.first) is nn.Linear and net(X).shape == (6, 128)
     assert "put back: does not run with packed layers" in plan_of(net).sites[0].reason
+
+
+def test_a_busy_machine_is_noted() -> None:
+    planner = Planner(Tokens((1,)), None, 0, 0.1)
+    assert planner.unrest() is None
+    planner.spreads = [0.02, 0.03, 0.9]
+    assert planner.unrest() is None
+    planner.spreads = [0.4, 0.5, 0.02]
+    assert "spans 40% of the median" in (planner.unrest() or "")

@@ -116,6 +116,8 @@ def analyze(
         answer.sites.append(planner.plan(site, answer.notes))
         if progress is not None:
             progress(done, steps, site.name)
+    if (unrest := planner.unrest()) is not None:
+        answer.notes.append(unrest)
     for done, (m, k, values) in enumerate(shapes, start=len(sites) + 1):
         found = break_even((m, k), values, wanted.counts, working_set, budget_s)
         answer.break_even[f"{m}x{k} {values}"] = found

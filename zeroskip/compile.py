@@ -123,6 +123,9 @@ def _run(
             put_in(model, site.module, new)
             if progress is not None:
                 progress(done, len(sites), site.name)
+        if (unrest := planner.unrest()) is not None:
+            plan.notes.append(unrest)
+            log.warning("%s", unrest)
         check = verdict.after()
     except BaseException:
         verdict.put_back()

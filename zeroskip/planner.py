@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["Planner", "check_weights", "plannable", "site_plan"]
 
 log = logging.getLogger(__name__)
 
+BUSY = 0.25  # spread of one layer's times; on a quiet machine it is a few per cent
 NEAR = 0.02  # weights whose non-zeros differ by less are measured once
 
 
@@ -38,6 +40,7 @@ class Planner:
     def __init__(self, tokens: Tokens, precision: str | None, working_set_bytes: int, budget_s: float) -> None:
         self.tokens, self.precision = tokens, precision
         self.working_set_bytes, self.budget_s = working_set_bytes, budget_s
+        self.spreads: list[float] = []
         self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
 
     def plan(self, site: Site, notes: list[str]) -> SitePlan:
@@ -50,10 +53,21 @@ class Planner:
                 return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
         log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
         measured = self.measure(site, weight, bias)
+        self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
         made = site_plan(site.name, weight, zeros, measured, choose(measured, self.tokens))
         notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
         self._known[key].append((zeros.nnz, made))
         return made
+
+    def unrest(self) -> str | None:
+        """Return a note if the machine was too busy for fine decisions, None if not."""
+        spread = statistics.median(self.spreads) if self.spreads else 0.0
+        if spread < BUSY:
+            return None
+        return (
+            f"the machine was busy while measuring: the middle half of the times spans {spread:.0%} of the median; "
+            "close calls went to the dense side, so compile again when it is quiet"
+        )
 
     def measure(self, site: Site, weight: Tensor, bias: Tensor | None) -> Measured:
         return measure(

@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 400  # bootstrap draws; the 1 % and 99 % quantiles then rest on four draws each
 RETIRE_AT = 2.5  # a runner this many times slower than the leader after WARM_ROUNDS has lost
-HOPELESS_AT = 6.0  # one this slow in its very first call is not called again
+HOPELESS_AT = 12.0  # one this slow in its very first call is not called again
 WARM_ROUNDS = 5
 BELIEVED_S = 0.3  # calls that take this long together say enough about a runner's speed
 LEAST_SAMPLE_S = 60e-6  # several calls make one sample until it lasts this long: the clock costs ~0.1 us
@@ -75,6 +75,11 @@ class Race:
     def fastest(self, names: Sequence[str] | None = None) -> str:
         """Return the name with the least median."""
         return min(names or self.names, key=self.median)
+
+    def spread(self, name: str) -> float:
+        """Return how far apart the quarters of the runner's times lie, relative to the median: the machine's unrest."""
+        low, high = np.quantile(self.samples[name], (0.25, 0.75))
+        return float(high - low) / self.median(name)
 
     def draws(self, name: str, seed: int = 0) -> Floats:
         """Return RESAMPLES bootstrap medians in seconds; runners with equally many rounds share their draws."""
