@@ -372,6 +372,8 @@ def test_an_edited_config_is_an_error(tmp_path: Path) -> None:
         ({"sites": {name: {"kind": "packed"}}}, f"site {name}: shape None"),
         ({"sites": None}, "sites is missing or not an object"),
         ({"plan": {"version": 7}}, "the plan cannot be used"),
+        ({"plan": []}, "the plan cannot be used"),
+        ({"tied": ["x"]}, "tied does not map names to names"),
     ):
         config = {**good, "quantization_config": {**good["quantization_config"], **change}}
         (folder / "config.json").write_text(json.dumps(config))
@@ -381,6 +383,18 @@ def test_an_edited_config_is_an_error(tmp_path: Path) -> None:
     section = {**good["quantization_config"], "sites": sites}
     (folder / "config.json").write_text(json.dumps({**good, "quantization_config": section}))
     _refused(folder, rf"site {name}: stored as .* where the model has")
+
+
+def test_hostile_ties_are_not_followed(tmp_path: Path) -> None:
+    folder = _compiled(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    site = next(iter(config["quantization_config"]["sites"]))
+    table = "bert.embeddings.word_embeddings.weight"
+    tied = {"cls.predictions.decoder.weight": table, "cls.predictions.decoder.bias": "cls.predictions.bias"}
+    tied |= {f"{site}.weight": table, "bert.config": "x", "bert.encoder": "bert"}
+    config["quantization_config"]["tied"] = tied
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(answer(load(folder)), answer(pack_sites(tiny("bert"))))
 
 
 def test_architectures_that_are_none(tmp_path: Path) -> None:

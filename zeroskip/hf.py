@@ -79,7 +79,8 @@ class ZeroskipQuantizer(HfQuantizer):
         _set_dtypes(model, info, dtype)
         if info.get("tied") is not None:
             pairs = ((_here(model, target), _here(model, source)) for target, source in info["tied"].items())
-            model.all_tied_weights_keys = {target: source for target, source in pairs if target and source}
+            dense = {n for n, _ in model.named_parameters(remove_duplicate=False) if n.rpartition(".")[0] not in stored}
+            model.all_tied_weights_keys = {t: s for t, s in pairs if t in dense and s in dense}
         if same:
             _check_names(model, {name: str(file) for name, (file, _) in found.items()}, where)
         self._files = {f"{here}.weight": found[f"{site}.weight"][0] for site, here in names.items()}

@@ -177,7 +177,7 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
 def _check_hash(blob: Tensor) -> None:
     # The cache of validated blobs goes by address and header. A file mapped where another one was, with the same header
     # and other contents, would pass unseen, so what was just read is hashed whatever the cache says.
-    if blob.numel() < 64 or blob.numel() % 64:
+    if blob.dtype != torch.int8 or blob.dim() != 1 or blob.numel() < 64 or blob.numel() % 64:
         return  # refused by the check that follows
     found = _core.hash_blob(blob.data_ptr(), blob.numel())
     if bytes(blob[40:48].numpy()) != found.to_bytes(8, "little"):
