@@ -65,7 +65,7 @@ void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, ui
   zs::run(*kernel, call, threads);
 }
 
-void check(uintptr_t blob, uint64_t nbytes) { zs::handle_of(bytes(blob), nbytes); }
+void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
 
 Names kernels(uintptr_t blob, uint64_t nbytes) {
   const auto handle = zs::handle_of(bytes(blob), nbytes);

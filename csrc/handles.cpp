@@ -38,19 +38,22 @@ std::vector<Bucket> default_buckets(const Header& header) {
   return {{kOpen, best}};
 }
 
-std::shared_ptr<const Handle> make(const uint8_t* blob, uint64_t nbytes) {
+}  // namespace
+
+std::shared_ptr<const Handle> validate(const uint8_t* blob, uint64_t nbytes) {
   auto handle = std::make_shared<Handle>();
-  if (std::string problem = read_blob(blob, nbytes, handle->weight); !problem.empty())
-    throw std::invalid_argument(problem);
+  const std::string problem = read_blob(blob, nbytes, handle->weight);
   std::unique_lock lock(mutex);
+  if (!problem.empty()) {
+    handles.erase(blob);
+    throw std::invalid_argument(problem);
+  }
   const auto tuned = tuning.find(key_of(handle->weight.header));
   handle->buckets = tuned != tuning.end() ? tuned->second : default_buckets(handle->weight.header);
   if (handles.size() >= kCacheLimit) handles.clear();
   handles[blob] = handle;
   return handle;
 }
-
-}  // namespace
 
 std::shared_ptr<const Handle> handle_of(const uint8_t* blob, uint64_t nbytes) {
   {
@@ -60,7 +63,7 @@ std::shared_ptr<const Handle> handle_of(const uint8_t* blob, uint64_t nbytes) {
         !std::memcmp(blob, &found->second->weight.header, sizeof(Header)))
       return found->second;
   }
-  return make(blob, nbytes);
+  return validate(blob, nbytes);
 }
 
 void tune(const Header& header, std::vector<Bucket> buckets) {

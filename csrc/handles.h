@@ -32,6 +32,9 @@ struct Handle {
 // Throws std::invalid_argument with the problem if the bytes are no sound blob.
 std::shared_ptr<const Handle> handle_of(const uint8_t* blob, uint64_t nbytes);
 
+// The same, but every byte is read again, whatever was seen at this address before.
+std::shared_ptr<const Handle> validate(const uint8_t* blob, uint64_t nbytes);
+
 // From now on these buckets serve every blob of the same key: format, value type, shape, pattern, nnz within 2 %.
 void tune(const Header& header, std::vector<Bucket> buckets);
 void forget_tuning();
