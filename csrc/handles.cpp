@@ -68,8 +68,10 @@ std::shared_ptr<const Handle> handle_of(const uint8_t* blob, uint64_t nbytes) {
 
 void tune(const Header& header, std::vector<Bucket> buckets) {
   std::unique_lock lock(mutex);
-  tuning[key_of(header)] = std::move(buckets);
-  handles.clear();
+  const std::string key = key_of(header);
+  for (auto& [blob, handle] : handles)
+    if (key_of(handle->weight.header) == key) handle = std::make_shared<Handle>(Handle{handle->weight, buckets});
+  tuning[key] = std::move(buckets);
 }
 
 void forget_tuning() {

@@ -1,17 +1,26 @@
 """zeroskip: sparse deep-learning inference that is never slower than dense."""
 
 # ruff: noqa: I001, E402
-import torch as _torch  # first: the extension then shares torch's OpenMP runtime
+import torch as _torch  # noqa: F401  # first: the extension then shares torch's OpenMP runtime
 
 from zeroskip.isa import isa, limit_to_environment as _limit_to_environment
 
 _limit_to_environment()
 
+from zeroskip import plugin as _plugin
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, names as formats, pack, unpack
 from zeroskip.ops import linear
+from zeroskip.prune import methods, prune
+from zeroskip.plan import Plan, plan_of
+from zeroskip.compile import compile
+from zeroskip.analyze import analyze
+from zeroskip.io import load, save
+
+_plugin.install()
 
 __version__ = "0.1.0"
-__all__ = ["Packed", "ZeroskipError", "formats", "isa", "linear", "pack", "unpack"]
-
-del _torch
+__all__ = [
+    "Packed", "Plan", "ZeroskipError", "analyze", "compile", "formats", "isa", "linear", "load", "methods", "pack",
+    "plan_of", "prune", "save", "unpack",
+]  # fmt: skip
