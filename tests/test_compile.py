@@ -1,9 +1,8 @@
-"""`zs.compile` on tiny models with injected times: what is installed, what is refused, what is put back."""
+"""`zs.compile` on tiny models with injected times: what is installed, what is refused."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,16 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from planning import Net, inject, prefer, strips
+from planning import SPARSE, Net, X, close, inject, prefer, strips
 from torch import nn
 
-from zeroskip.bench import verdict
 from zeroskip.compile import compile
 from zeroskip.dense import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import apply_tuning, thaw
+from zeroskip.install import thaw
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.plan import Plan, plan_of
-from zeroskip.planner import Planner
-from zeroskip.tokens import Tokens
-
-SPARSE = prefer("strip_nm")
-X = torch.randn(6, 64, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +28,6 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
-    return bool(((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()).item())
 
 
 def test_compiled_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,53 +61,6 @@ def test_an_unpruned_model_stays_dense_and_says_why(monkeypatch: pytest.MonkeyPa
     assert all(site.reason.startswith("dense: linear fp32 is fastest; no sparse format") for site in plan.sites)
     assert plan.bytes_after == plan.bytes_before
     assert "nothing was replaced" in str(plan)
-
-
-def test_a_slower_model_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE, {"dense": 1.0, "compiled": 1.1})
-    net = Net()
-    before = dict(net.named_modules())
-    compile(net, tokens=(1,), example_inputs=X)
-    assert dict(net.named_modules()) == before
-    plan = plan_of(net)
-    assert plan.checks[0].outcome == "put back"
-    assert plan.sites[0].label == "linear fp32" and plan.sites[0].reason.startswith("put back: the model as a whole")
-    assert plan.bytes_after == plan.bytes_before
-
-
-@pytest.mark.parametrize("precision", [None, "bf16"])
-def test_a_large_model_is_put_back_without_its_dense_self(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    times = {"model": iter([1.0, 2.0])}  # before packing, after: the control stays the same
-    inject(monkeypatch, prefer("strip_nm bf16" if precision else "strip_nm"))
-    monkeypatch.setattr(verdict, "KEEP_BOTH", 0.0)
-    monkeypatch.setattr(verdict, "with_control", lambda calls, _: {t: _control(next(times["model"])) for t in calls})
-    net = Net()
-    want = net.first.weight.detach().clone()
-    compile(net, tokens=(1,), precision=precision, example_inputs=X)
-    assert plan_of(net).checks[0].outcome == "put back"
-    assert type(net.first) is nn.Linear and net.first.weight.dtype == torch.float32
-    rounded = want.bfloat16().float() if precision else want
-    assert torch.equal(net.first.weight, rounded)
-
-
-def _control(seconds: float) -> Any:
-    from zeroskip.bench.timer import Race
-
-    return Race({"model": [seconds] * 5, "control": [1.0] * 5}, rounds=5)
-
-
-def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE)
-    net = Net()
-    before = dict(net.named_modules())
-
-    def stop(done: int, total: int, name: str) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compile(net, tokens=(1,), progress=stop)
-    assert dict(net.named_modules()) == before and not hasattr(net, "zeroskip_plan")
 
 
 def test_without_inputs_the_whole_model_is_not_measured_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,72 +149,6 @@ def test_a_kernel_that_fails_the_oracle_is_not_used(monkeypatch: pytest.MonkeyPa
     assert any("times the bound" in note for note in plan_of(net).notes)
     assert any("times the bound" in record.message for record in caplog.records)
     assert any("times the bound" in why for why in plan_of(net).sites[0].excluded.values())
-
-
-def test_a_plan_is_applied_without_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    inject(monkeypatch, SPARSE)
-    plan = plan_of(compile(Net(), tokens=(1, 6)))
-    plan.save(tmp_path / "plan.json")
-    races = inject(monkeypatch, prefer("linear"))
-    for given in (plan, plan.to_dict(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
-        net = Net()
-        want = net(X)
-        compile(net, plan=given)
-        assert not races and isinstance(net.first, PackedLinear) and close(net(X), want)
-        assert plan_of(net).sites == plan.sites and plan_of(net) is not plan
-
-
-def test_a_plan_of_another_machine_is_measured_again(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    inject(monkeypatch, SPARSE)
-    plan = plan_of(compile(Net(), tokens=(1,)))
-    other = dataclasses.replace(plan, machine=dataclasses.replace(plan.machine, cpu="a faster one"))
-    races = inject(monkeypatch, prefer("linear"))
-    with caplog.at_level(logging.WARNING):
-        net = compile(Net(), tokens=(1,), plan=other)
-    assert races and type(net.first) is nn.Linear
-    assert any("another machine (cpu a faster one" in record.message for record in caplog.records)
-    assert any("another machine" in note for note in plan_of(net).notes)
-
-
-def test_a_plan_of_another_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE)
-    plan = plan_of(compile(Net(), tokens=(1,)))
-    strange = [
-        (dataclasses.replace(plan.sites[0], name="frist"), "did you mean 'first'"),
-        (dataclasses.replace(plan.sites[0], shape=(128, 32)), "128x64 fp32, the plan says 128x32"),
-        (dataclasses.replace(plan.sites[0], dtype="bf16"), "the plan says 128x64 bf16"),
-    ]
-    for site, message in strange:
-        net = Net()
-        with pytest.raises(ZeroskipError, match=message):
-            compile(net, plan=dataclasses.replace(plan, sites=[site]))
-    dense = Net()
-    nn.init.normal_(dense.first.weight)
-    with pytest.raises(ZeroskipError, match=r"first: the plan's strip_nm fp32 does not fit"):
-        compile(dense, plan=plan)
-    assert type(dense.third) is nn.Linear
-
-
-def test_a_compiled_model_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE)
-    net = compile(Net(), tokens=(1,))
-    want = net(X)
-    inject(monkeypatch, prefer("linear"))
-    compile(net, tokens=(1,))
-    assert type(net.first) is nn.Linear and close(net(X), want)
-
-
-def test_loading_sets_up_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, prefer("linear bf16"))
-    net = compile(Net(), tokens=(1,), precision="bf16")
-    plan, want = plan_of(net), net(X)
-    loaded = Net()
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(loaded.get_submodule(owner), leaf, nn.Parameter(parameter.clone(), requires_grad=False))
-    apply_tuning(loaded, plan)
-    assert type(loaded.first) is DenseLinear and torch.equal(loaded(X), want)
 
 
 def test_conv1d_sites(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,48 +243,42 @@ def test_nothing_to_compile() -> None:
     assert "no linear layers" in str(plan_of(net)) and isinstance(plan_of(net), Plan)
 
 
-def test_layers_that_others_read_directly_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE)
+def test_a_new_rival_and_a_new_format_compete_without_a_change_to_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zeroskip.bench.dense import Rival
+    from zeroskip.formats import base
 
-    class Own(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
+    class Twice(Rival):
+        name = "twice"
 
-    hooked = nn.Linear(64, 64)
-    hooked.register_forward_hook(lambda *_: None)
-    net = nn.ModuleList(
-        [nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), Own(64, 64), hooked, nn.Linear(64, 64)]
-    )
-    with torch.no_grad():
-        for site in find_sites(net):
-            site.write(strips(site.weight()[0])[None])
-    net.eval()
-    x = torch.randn(2, 3, 64)
-    with torch.inference_mode():
-        want = net[0](x)
-        compile(net, tokens=(1,))
-        assert close(net[0](x), want)
-    assert [site.name for site in plan_of(net).sites] == ["3"] and isinstance(net[3], PackedLinear)
-    notes = str(plan_of(net))
-    assert "reads its weight directly" in notes and "Own computes in a way of its own" in notes and "hooks" in notes
+        @staticmethod
+        def problem(values: str) -> str | None:
+            return None
 
+        @staticmethod
+        def build(weight: torch.Tensor, bias: torch.Tensor | None, values: str, tokens: int) -> nn.Module:
+            return DenseLinear.pack(weight, bias, values)
 
-def test_a_model_that_does_not_run_packed_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    inject(monkeypatch, SPARSE)
+    registry = dict(base._registry)
+    try:
 
-    class Nosy(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.first.weight.t()
+        class Picky(base.Format):
+            name = "picky"
 
-    net = compile(Nosy(), tokens=(1,), example_inputs=X)
-    assert type(net.first) is nn.Linear and net(X).shape == (6, 128)
-    assert "put back: does not run with packed layers" in plan_of(net).sites[0].reason
+            def accepts(self, weight: torch.Tensor) -> str | None:
+                return "it never does"
 
+            def pack(self, weight: torch.Tensor) -> torch.Tensor:
+                raise NotImplementedError
 
-def test_a_busy_machine_is_noted() -> None:
-    planner = Planner(Tokens((1,)), None, 0, 0.1)
-    assert planner.unrest() is None
-    planner.spreads = [0.02, 0.03, 0.9]
-    assert planner.unrest() is None
-    planner.spreads = [0.4, 0.5, 0.02]
-    assert "spans 40% of the median" in (planner.unrest() or "")
+            def unpack(self, header: Any, sections: list[torch.Tensor]) -> torch.Tensor:
+                raise NotImplementedError
+
+        inject(monkeypatch, prefer("twice"))
+        net = compile(Net(), tokens=(1,), example_inputs=X)
+    finally:
+        base._registry.clear()
+        base._registry.update(registry)
+        del Rival.kinds["twice"]
+    first = plan_of(net).sites[0]
+    assert first.format == "twice" and isinstance(net.first, DenseLinear)
+    assert first.excluded["picky fp32"] == "it never does"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip import ops
+from zeroskip.bench.dense import rivals
 from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, pack, unpack
@@ -47,10 +48,8 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
         return site.module
     with torch.inference_mode(False), torch.no_grad():
         weight, bias = weights_of(site)
-        if choice.format == "linear":
-            return DenseLinear.pack(weight, bias, choice.values)
-        if choice.format == "onednn":
-            return OneDnnLinear(weight, bias, choice.values, tokens)
+        if choice.format in rivals():
+            return rivals()[choice.format].build(weight, bias, choice.values, tokens)
         try:
             packed = pack(weight, format=choice.format, values=choice.values)
             ops.tune(packed, choice.kernels)

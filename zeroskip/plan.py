@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.formats import names
 from zeroskip.machine import Machine
 from zeroskip.tokens import Tokens
 
@@ -80,7 +81,7 @@ class SitePlan:
     @property
     def is_packed(self) -> bool:
         """Whether the site is served by a format of ours; torch computes it otherwise."""
-        return self.format not in ("linear", "onednn")
+        return self.format in names()
 
     def time_ms(self, layout: str, tokens: int) -> float:
         """Return the median time of a layout's fastest kernel at this count, in milliseconds."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zeroskip.bench.dense import rivals
 from zeroskip.bench.measure import Measured
 from zeroskip.bench.timer import Floats, Race, Ratio, interval
 from zeroskip.tokens import Tokens
@@ -147,7 +148,7 @@ def _lost(
     else:
         head = f"dense: {fallback.label} stays, {fastest.label} is not faster by more than the noise"
     if not sparse:
-        refusals = {r for label, r in measured.refused.items() if label.split()[0] not in ("linear", "onednn")}
+        refusals = {r for label, r in measured.refused.items() if label.split()[0] not in rivals()}
         wrong = "; a sparse kernel gave wrong results" if measured.wrong else ""
         return f"{head}; no sparse format holds this weight" + (f" ({sorted(refusals)[0]})" if refusals else "") + wrong
     if eligible:
