@@ -24,6 +24,8 @@ std::string quoted(const char* text, size_t limit) {
 std::string check_header(const Header& header, uint64_t nbytes) {
   if (std::memcmp(header.magic, "ZEROSKIP", 8))
     return "not a zeroskip blob: it starts with " + quoted(header.magic, 8);
+  for (size_t i = strnlen(header.format, 8); i < 8; ++i)
+    if (header.format[i]) return "the format's name is not padded with NUL";
   if (header.version != kVersion)
     return "format version " + std::to_string(header.version) + ", this build reads version 1: update zeroskip";
   if (header.nbytes != nbytes)
