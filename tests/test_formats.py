@@ -1,0 +1,392 @@
+"""Pack, unpack and the bytes between them: every format of the registry, and blobs that were tampered with."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import SPARSIFIERS, call, example, examples, expect, mask_strips, random, verify
+from torch import Tensor
+
+import zeroskip as zs
+from zeroskip import _core
+from zeroskip.formats.base import get, names
+from zeroskip.formats.blob import VALUES, Header
+from zeroskip.formats.strip_nm import detect
+
+KINDS = [(name, values) for name in names() for values in VALUES]
+each_kind = pytest.mark.parametrize(("name", "values"), KINDS, ids=["-".join(kind) for kind in KINDS])
+each_values = pytest.mark.parametrize("values", VALUES)
+
+
+def bits(weight: Tensor) -> Tensor:
+    return weight.view(torch.int16 if weight.dtype == torch.bfloat16 else torch.int32)
+
+
+def positive_zeros(weight: Tensor) -> Tensor:
+    return torch.where(weight == 0, torch.zeros_like(weight), weight)
+
+
+# pack and unpack
+
+
+@each_kind
+def test_unpack_is_bit_equal(name: str, values: str) -> None:
+    for m, k in [(1, 1), (1, 2), (15, 16), (16, 32), (17, 33), (37, 61), (64, 64), (70, 130), (130, 48)]:
+        for weight in examples(name, m, k, values, seed=m):
+            weight[0, 0] = -0.0
+            if get(name).accepts(weight) is not None:
+                continue
+            before = weight.clone()
+            packed = zs.pack(weight, name)
+            assert torch.equal(bits(weight), bits(before)), "the input was modified"
+            assert torch.equal(bits(zs.unpack(packed)), bits(positive_zeros(weight)))
+            assert (packed.format, packed.values, packed.shape) == (name, values, (m, k))
+            assert packed.nnz == int(torch.count_nonzero(weight))
+            assert packed.nbytes == packed.blob.numel() and packed.nbytes % 64 == 0
+            assert packed.blob.data_ptr() % 64 == 0
+            assert packed.kernel.startswith(f"spmm_{name}_{values}_")
+
+
+SPECIAL = torch.tensor([0x0001, 0x007F, 0x0080, 0x7F7F, -0x8000, -0x7FFF, -0x0081, 0x3F80], dtype=torch.int16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    m=st.integers(1, 80),
+    k=st.integers(1, 140),
+    sparsify=st.sampled_from(sorted(SPARSIFIERS)),
+    seed=st.integers(0, 2**16),
+)
+def test_any_bits_survive(kind: tuple[str, str], m: int, k: int, sparsify: str, seed: int) -> None:
+    """Any finite bit pattern, subnormals, the largest numbers and -0.0 included."""
+    name, values = kind
+    generator = torch.Generator().manual_seed(seed)
+    high = torch.randint(-(2**15), 2**15, (m, k), generator=generator, dtype=torch.int16)
+    high = torch.where(torch.rand(m, k, generator=generator) < 0.2, SPECIAL[high.long() % len(SPECIAL)], high)
+    if values == "bf16":
+        weight = high.view(torch.bfloat16)
+    else:
+        low = torch.randint(0, 2**16, (m, k), generator=generator, dtype=torch.int32)
+        weight = (high.to(torch.int32) << 16 | low).view(torch.float32)
+    weight = torch.where(torch.isfinite(weight), weight, torch.ones_like(weight))
+    weight = torch.where(SPARSIFIERS[sparsify](m, k, generator), weight, torch.full_like(weight, -0.0))
+    reason = get(name).accepts(positive_zeros(weight))
+    if reason is not None:
+        with pytest.raises(zs.ZeroskipError, match="cannot hold"):
+            zs.pack(weight, name)
+        return
+    assert torch.equal(bits(zs.unpack(zs.pack(weight, name))), bits(positive_zeros(weight)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    m=st.integers(1, 80),
+    k=st.integers(1, 140),
+    tokens=st.integers(1, 70),
+    sparsify=st.sampled_from(sorted(SPARSIFIERS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**16),
+)
+def test_linear_keeps_its_bound(
+    kind: tuple[str, str], m: int, k: int, tokens: int, sparsify: str, dtype: torch.dtype, seed: int
+) -> None:
+    name, values = kind
+    mask = SPARSIFIERS[sparsify](m, k, torch.Generator().manual_seed(seed))
+    weight = torch.where(mask, random(m, k, seed=seed), 0.0).to(VALUES[values])
+    if get(name).accepts(weight) is not None:
+        return
+    packed = zs.pack(weight, name)
+    x, bias = random(tokens, k, seed=seed + 1, dtype=dtype), random(m, seed=seed + 2)
+    verify(call(packed, x, bias), weight, x, bias, kernel=packed.kernel_for(tokens))
+
+
+@each_kind
+def test_a_wide_weight(name: str, values: str) -> None:
+    """More columns than 16 bits count."""
+    weight = example(name, 3, 65600, values)
+    weight[:, -1] = weight[:, 65535] = 1
+    if get(name).accepts(weight) is None:
+        assert torch.equal(bits(zs.unpack(zs.pack(weight, name))), bits(weight))
+
+
+def test_values_may_be_converted() -> None:
+    weight = random(20, 32, dtype=torch.float16)
+    assert torch.equal(zs.unpack(zs.pack(weight, "csr", "bf16")), weight.bfloat16())
+    assert torch.equal(zs.unpack(zs.pack(weight, "csr", "fp32")), weight.float())
+    assert zs.pack(weight.float().t(), "bitmask").shape == (32, 20)  # any strides
+
+
+# What docs/format.md says of the bytes, read by the letter
+
+
+def read(blob: Tensor) -> tuple[Header, list[bytes]]:
+    raw = blob.numpy().tobytes()
+    header = Header.of(blob)
+    table = [struct.unpack_from("<QQ", raw, 64 + 16 * i) for i in range(header.sections)]
+    for offset, nbytes in table:
+        assert offset % 64 == 0
+        assert not any(raw[offset + nbytes : offset + -(-nbytes // 64) * 64]), "padding is not zero"
+    return header, [raw[offset : offset + nbytes] for offset, nbytes in table]
+
+
+@each_values
+def test_layout_of_csr(values: str) -> None:
+    for m, k, index in [(7, 45, "<u2"), (2, 70000, "<u4")]:
+        weight = example("csr", m, k, values)
+        header, (offsets, columns, stored) = read(zs.pack(weight, "csr").blob)
+        assert header.nnz == int((weight != 0).sum())
+        starts = np.frombuffer(offsets, "<u8")
+        rows = np.repeat(np.arange(m), np.diff(starts).astype(int))
+        read_back = torch.zeros_like(weight)
+        column = torch.from_numpy(np.frombuffer(columns, index).astype(np.int64))
+        read_back[torch.from_numpy(rows), column] = torch.frombuffer(bytearray(stored), dtype=weight.dtype)
+        assert torch.equal(read_back, weight)
+
+
+@each_values
+def test_layout_of_bitmask(values: str) -> None:
+    weight = example("bitmask", 7, 45, values)
+    _, (mask, offsets, stored) = read(zs.pack(weight, "bitmask").blob)
+    words = np.frombuffer(mask, "<u4").reshape(7, 2)
+    starts = np.frombuffer(offsets, "<u8").astype(int)
+    assert stored[-64:] == bytes(64)
+    numbers = torch.frombuffer(bytearray(stored[:-64]), dtype=weight.dtype)
+    for row in range(7):
+        columns = [j for j in range(64) if words[row, j // 32] >> (j % 32) & 1]
+        assert columns == (weight[row] != 0).nonzero().flatten().tolist()
+        assert torch.equal(numbers[starts[row] : starts[row + 1]], weight[row, columns])
+
+
+@each_values
+def test_layout_of_strip_nm(values: str) -> None:
+    weight = torch.where(mask_strips(40, 80, 16, torch.Generator().manual_seed(0)), random(40, 80), 0.0)
+    weight = weight.to(VALUES[values])
+    header, (columns, stored) = read(zs.pack(weight, "strip_nm").blob)
+    assert (header.n, header.group, header.strip) == (8, 16, 16)
+    assert len(columns) == 3 * 40
+    width = 40 if values == "fp32" else 64  # bf16 columns are padded to 32
+    panels = torch.frombuffer(bytearray(stored), dtype=weight.dtype)
+    panels = panels.view(3, width, 16) if values == "fp32" else panels.view(3, width // 2, 16, 2)
+    for row in range(40):
+        for j in range(40):
+            chunk = j // 32 * 64
+            kept = weight[row, chunk + columns[row // 16 * 40 + j]]
+            place = (row // 16, j, row % 16) if values == "fp32" else (row // 16, j // 2, row % 16, j % 2)
+            assert panels[place] == kept
+
+
+# strip_nm finds its pattern
+
+
+def strips(m: int, k: int, n: int, group: int, strip: int, seed: int = 0) -> Tensor:
+    score = torch.rand(-(-m // strip), k // group, group, generator=torch.Generator().manual_seed(seed))
+    kept = (score.argsort(2).argsort(2) < n).flatten(1).repeat_interleave(strip, 0)[:m]
+    return torch.where(kept, random(m, k, seed=seed) + 10, 0.0)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [(2, 4, 64), (8, 16, 64), (8, 16, 128), (1, 4, 16), (16, 32, 32), (32, 64, 64), (1, 2, 16), (3, 8, 32)],
+    ids=lambda p: "{}:{}@{}".format(*p),
+)
+def test_detects_what_was_made(pattern: tuple[int, int, int]) -> None:
+    n, group, strip = pattern
+    weight = strips(300, 192, n, group, strip)
+    assert detect(weight) == pattern
+    packed = zs.pack(weight, "strip_nm")
+    assert packed.pattern == f"{n}:{group}@{strip}"
+    assert torch.equal(zs.unpack(packed), weight)
+
+
+def test_detection_takes_the_largest_strip_and_then_the_smallest_group() -> None:
+    alternate = torch.zeros(256, 128)
+    alternate[:, ::2] = 1  # also 2:4, 4:8, ... and also every smaller strip
+    assert detect(alternate) == (1, 2, 128)
+
+
+def test_detection_stores_the_least() -> None:
+    """A fit at a coarse strip that leaves little out loses to a fine one that leaves out more."""
+    weight = strips(64, 64, 1, 4, 16, seed=3)
+    assert detect(weight) == (1, 4, 16)
+
+
+def test_detection_with_a_short_last_strip_and_odd_inputs() -> None:
+    assert detect(strips(70, 48, 2, 4, 64)) == (2, 4, 64)
+    assert detect(strips(70, 36, 2, 4, 64)) == (2, 4, 64)  # 8 and more do not divide 36
+    assert detect(strips(70, 6, 1, 2, 128)) == (1, 2, 128)
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+def test_detection_refuses(m: int) -> None:
+    assert detect(torch.ones(m, 64)) is None
+    assert detect(torch.ones(m, 7)) is None
+    assert detect(torch.zeros(m, 7)) is None  # M must divide the inputs
+    with pytest.raises(zs.ZeroskipError, match="no N:M@V fits"):
+        zs.pack(torch.ones(m, 64), "strip_nm")
+
+
+def test_unused_columns_inside_the_pattern() -> None:
+    """Strips that use fewer than N columns of a group, or none."""
+    weight = strips(64, 64, 2, 4, 16)
+    weight[:16] = 0
+    weight[16:32, 4:8] = 0
+    assert torch.equal(zs.unpack(zs.pack(weight, "strip_nm")), weight)
+    assert detect(torch.zeros(64, 64)) == (1, 64, 128)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.tensor([[1.0, float("nan")]])}, "NaN or Inf"),
+        ({"weight": torch.tensor([[1.0, float("inf")]])}, "NaN or Inf"),
+        ({"weight": torch.ones(2, 2, 2)}, "non-empty floating-point"),
+        ({"weight": torch.ones(0, 2)}, "non-empty floating-point"),
+        ({"weight": torch.ones(2, 2, dtype=torch.int8), "values": "fp32"}, "non-empty floating-point"),
+        ({"weight": torch.ones(2, 2, dtype=torch.float16)}, "needs values="),
+        ({"weight": torch.full((2, 2), 1e300, dtype=torch.float64), "values": "fp32"}, "NaN or Inf"),
+        ({"values": "int8"}, "not stored yet"),
+        ({"values": "fp8"}, "unknown value type"),
+        ({"group_size": 64}, "group_size 64"),
+        ({"format": "bitmaks"}, "did you mean 'bitmask'"),
+    ],
+    ids=str,
+)
+def test_pack_refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(zs.ZeroskipError, match=message):
+        zs.pack(**{"weight": torch.ones(2, 2), **arguments})  # type: ignore[arg-type]
+
+
+# Blobs that were edited. A blob that is not refused must be safe to use.
+
+
+def rehash(blob: Tensor) -> None:
+    digest = _core.hash_blob(blob.data_ptr(), blob.numel())
+    blob[40:48] = torch.frombuffer(bytearray(struct.pack("<Q", digest)), dtype=torch.int8)
+
+
+def refused_or_safe(blob: Tensor) -> bool:
+    """True if refused with one line; otherwise the blob is unpacked and multiplied with."""
+    try:
+        packed = zs.Packed.from_blob(blob)
+    except zs.ZeroskipError as error:
+        assert "\n" not in str(error)
+        return True
+    m, k = packed.shape
+    if m * k < 1 << 22:
+        zs.unpack(packed)
+        for tokens in (1, 9):
+            call(packed, torch.ones(tokens, k))
+    return False
+
+
+@each_kind
+def test_a_changed_byte_is_refused(name: str, values: str) -> None:
+    original = zs.pack(example(name, 18, 48, values), name).blob
+    blob = original.clone()
+    for at in range(0, len(blob), 1 if len(blob) < 3000 else 7):
+        blob[at] ^= 1 << at % 8
+        with pytest.raises(zs.ZeroskipError):
+            zs.Packed.from_blob(blob)
+        blob[at] = original[at]
+    zs.Packed.from_blob(blob)
+
+
+@each_kind
+def test_a_changed_byte_with_a_new_hash_is_refused_or_safe(name: str, values: str) -> None:
+    """Every byte of header, table and sections, with a hash that fits again."""
+    original = zs.pack(example(name, 18, 48, values), name).blob
+    values_start, _ = struct.unpack_from("<QQ", original.numpy().tobytes(), 48 + 16 * Header.of(original).sections)
+    refused = 0
+    for value in (0, 1, 0x7F, -1):
+        dense = range(48, values_start, 1 if value == -1 else 3)
+        for at in [*range(40), *dense, *range(values_start, len(original), 61)]:
+            if original[at] == value:
+                continue
+            blob = original.clone()
+            blob[at] = value
+            rehash(blob)
+            refused += refused_or_safe(blob)
+    assert refused > 100
+
+
+@each_kind
+def test_huge_numbers_in_the_header_are_refused_or_safe(name: str, values: str) -> None:
+    original = zs.pack(example(name, 18, 48, values), name).blob
+    header = Header.of(original)
+    huge = [0, 1, 15, 65, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
+    edits: list[dict[str, int]] = [{field: value} for field in ("m", "k", "strip") for value in huge]
+    edits += [{"m": a, "k": b} for a in huge for b in huge]
+    edits += [{"nnz": value} for value in (0, 1, 2**40, 2**61, 2**62, 2**63, 2**64 - 1)]
+    edits += [{"m": 2**31 - 1, "k": 2**31 - 1, "nnz": value} for value in (2**61, 2**62 - 2**32 + 1)]
+    edits += [{"n": a, "group": b} for a in (0, 1, 3, 65535) for b in (0, 1, 3, 64, 128, 65535)]
+    for edit in edits:
+        blob = original.clone()
+        blob[:64] = torch.frombuffer(bytearray(replace(header, **edit).to_bytes()), dtype=torch.int8)
+        rehash(blob)
+        refused_or_safe(blob)
+
+
+@each_kind
+def test_truncated_extended_or_foreign(name: str, values: str) -> None:
+    blob = zs.pack(example(name, 18, 48, values), name).blob
+    for length in (0, 1, 63, 64, 65, 128, len(blob) - 64, len(blob) - 1):
+        with pytest.raises(zs.ZeroskipError):
+            zs.Packed.from_blob(blob[:length].clone())
+    with pytest.raises(zs.ZeroskipError, match="truncated or extended"):
+        zs.Packed.from_blob(torch.cat([blob, torch.zeros(64, dtype=torch.int8)]))
+    for wrong in (blob.view(torch.uint8), blob.view(-1, 64), torch.stack([blob, blob], 1)[:, 0]):
+        with pytest.raises(zs.ZeroskipError, match="contiguous 1-D int8"):
+            zs.Packed.from_blob(wrong)
+    with pytest.raises(zs.ZeroskipError, match="not a zeroskip blob"):
+        zs.Packed.from_blob(torch.zeros(4096, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "position", "value", "message"),
+    [
+        ("csr", 0, 8, 255, "row_offsets"),
+        ("csr", 0, 0, 1, "row_offsets do not run from 0 to nnz"),
+        ("csr", 1, 1, 127, "column"),
+        ("csr", 1, 2, 0, "ascend"),
+        ("bitmask", 0, 7, 255, "beyond the last column"),
+        ("bitmask", 0, 0, 0, "row_offsets do not follow from the bits"),
+        ("bitmask", 1, 8, 255, "row_offsets do not follow from the bits"),
+        ("bitmask", 2, -1, 1, "do not end in 64 bytes of zeros"),
+        ("strip_nm", 0, 0, 100, "column"),
+        ("strip_nm", 0, 1, 0, "ascend"),
+    ],
+)
+def test_the_problem_is_named(name: str, section: int, position: int, value: int, message: str) -> None:
+    weight = torch.ones(18, 48)
+    weight[:, 1::2] = 0
+    blob = zs.pack(weight, name).blob
+    offset, nbytes = struct.unpack_from("<QQ", blob.numpy().tobytes(), 64 + 16 * section)
+    blob.view(torch.uint8)[offset + position % nbytes] = value
+    rehash(blob)
+    with pytest.raises(zs.ZeroskipError, match=f"'{name}': .*{message}"):
+        zs.Packed.from_blob(blob)
+
+
+@each_kind
+def test_a_misaligned_blob_computes(name: str, values: str) -> None:
+    """A blob that a foreign writer left unaligned is copied, not refused."""
+    weight = example(name, 18, 48, values)
+    blob = zs.pack(weight, name).blob
+    store = torch.zeros(len(blob) + 64, dtype=torch.int8)
+    view = store[1 : 1 + len(blob)]
+    view.copy_(blob)
+    x = random(3, 48)
+    y = torch.ops.zeroskip.linear(x, view, None, 18, 0)
+    expected, bound = expect(weight, x, kernel=zs.Packed.from_blob(blob).kernel_for(3))
+    assert ((y - expected).abs() <= bound).all()
