@@ -236,7 +236,7 @@ class Replay:
 
         device = next((p.device for p in self.model.parameters() if p.is_cuda), None)
         with self._replaced(wrap), torch.no_grad(), torch.random.fork_rng([] if device is None else [device]):
-            torch.manual_seed(self.seed)
+            (torch.default_generator if device is None else torch).manual_seed(self.seed)
             try:
                 return batch.call(self.model)
             except _Stop:
