@@ -1,0 +1,307 @@
+"""The op and its module in everything that torch may do with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from oracle import EPS, cases, example, random, verify
+from torch import Tensor, nn
+
+import zeroskip as zs
+from zeroskip import _core, ops
+from zeroskip.formats.base import names
+from zeroskip.isa import limit_to_environment
+from zeroskip.nn import PackedLinear
+
+each_format = pytest.mark.parametrize("name", names())
+M, K = 37, 64
+
+
+def weight_of(name: str, values: str = "fp32", m: int = M, k: int = K, seed: int = 0) -> Tensor:
+    return example(name, m, k, values, seed)
+
+
+class Small(nn.Module):
+    """Two packed layers around an ordinary op."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        first, second = weight_of(name), weight_of(name, m=16, k=48)
+        self.up = PackedLinear.from_packed(zs.pack(first, name), random(M, seed=1), "relu")
+        self.pad = nn.ZeroPad1d((0, 48 - M))
+        self.down = PackedLinear.from_packed(zs.pack(second, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.pad(self.up(x)))
+
+
+# Shapes and types
+
+
+@each_format
+def test_leading_dimensions_and_strides(name: str) -> None:
+    weight = weight_of(name)
+    packed = zs.pack(weight, name)
+    x = random(2, 3, 5, K)
+    flat = zs.linear(packed, x.reshape(-1, K))
+    verify(flat, weight, x.reshape(-1, K), kernel=packed.kernel_for(30))
+    assert torch.equal(zs.linear(packed, x), flat.view(2, 3, 5, M))
+    assert torch.equal(zs.linear(packed, x.transpose(0, 2)), flat.view(2, 3, 5, M).transpose(0, 2))
+    assert torch.equal(zs.linear(packed, torch.stack([x, x], -1)[..., 0]), flat.view(2, 3, 5, M))
+    one_row = x[0, 0, :1]
+    assert torch.equal(zs.linear(packed, one_row.expand(4, K)), zs.linear(packed, one_row.repeat(4, 1)))
+    one = zs.linear(packed, x[0, 0, 0])
+    assert one.shape == (M,)
+    verify(one[None], weight, x[0, 0, :1], kernel=packed.kernel)
+
+
+@each_format
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K), (0, 3, K)], ids=str)
+def test_zero_tokens(name: str, shape: tuple[int, ...]) -> None:
+    packed = zs.pack(weight_of(name), name)
+    for dtype in EPS:
+        y = zs.linear(packed, torch.ones(shape, dtype=dtype), random(M), "gelu")
+        assert y.shape == (*shape[:-1], M) and y.dtype == dtype
+
+
+def test_bias_of_any_type_and_stride() -> None:
+    packed, x, bias = zs.pack(weight_of("csr"), "csr"), random(3, K), random(M, 2)[:, 0].bfloat16()
+    expected = zs.linear(packed, x, bias.float().contiguous())
+    assert torch.equal(zs.linear(packed, x, bias), expected)
+    assert torch.equal(zs.linear(packed, x, bias.double()), expected)
+
+
+def test_x_is_not_modified() -> None:
+    packed, x = zs.pack(weight_of("csr"), "csr"), random(3, K)
+    before = x.clone()
+    zs.linear(packed, x, random(M), "gelu")
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("x", "arguments", "message"),
+    [
+        (torch.ones(2, K - 1), {}, rf"the packed weight is {M} x {K}"),
+        (torch.ones(2, K, dtype=torch.float64), {}, "float64"),
+        (torch.ones(2, K, dtype=torch.int32), {}, "int32"),
+        (torch.tensor(1.0), {}, "expected x"),
+        (torch.ones(2, K), {"bias": torch.ones(M + 1)}, rf"bias has shape \[{M + 1}\]"),
+        (torch.ones(2, K), {"bias": torch.ones(1, M)}, "bias has shape"),
+        (torch.ones(2, K), {"activation": "gleu"}, "did you mean 'gelu'"),
+    ],
+    ids=["k", "fp64", "int32", "scalar", "bias", "bias 2-D", "activation"],
+)
+def test_refusals(x: Tensor, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(zs.ZeroskipError, match=message) as caught:
+        zs.linear(zs.pack(weight_of("csr"), "csr"), x, **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+# Choosing a kernel
+
+
+@each_format
+def test_kernels_run_and_refuse(name: str) -> None:
+    weight = weight_of(name, "bf16")
+    packed, x = zs.pack(weight, name), random(4, K)
+    served = ops.kernels(packed)
+    assert set(served) == {case[2] for case in cases() if case[:2] == (name, "bf16")}
+    for kernel in served:
+        verify(ops.run(packed, x, kernel=kernel), weight, x, kernel=kernel)
+    with pytest.raises(zs.ZeroskipError, match="unknown kernel"):
+        ops.run(packed, x, kernel="spmm_nothing")
+    other = next(case[2] for case in cases() if case[:2] != (name, "bf16"))
+    with pytest.raises(zs.ZeroskipError, match="does not serve this blob"):
+        ops.run(packed, x, kernel=other)
+    for kernel in set(_core.all_kernels()) - {case[2] for case in cases()}:
+        with pytest.raises(zs.ZeroskipError, match="needs an ISA row"):
+            ops.run(packed, x, kernel=kernel)
+
+
+def test_tuning_serves_all_blobs_of_the_key() -> None:
+    first, second = (zs.pack(weight_of("csr", m=40, k=56, seed=seed), "csr") for seed in (1, 1))
+    other = zs.pack(weight_of("csr", m=41, k=56), "csr")
+    before = first.kernel
+    slow = ops.kernels(first)[-1]
+    try:
+        ops.tune(first, [(4, slow), (None, before)])
+        assert second.kernel_for(1) == second.kernel_for(4) == slow
+        assert second.kernel_for(5) == second.kernel_for(1000) == before
+        assert other.kernel == ops.kernels(other)[0]
+        for buckets in ([(4, slow)], [(4, slow), (4, slow), (None, slow)], [(None, "spmm_nothing")]):
+            with pytest.raises(zs.ZeroskipError):
+                ops.tune(first, buckets)
+    finally:
+        _core.forget_tuning()
+    assert first.kernel == before
+
+
+# torch's machinery
+
+
+@each_format
+def test_inference_mode(name: str) -> None:
+    model, x = Small(name), random(3, K)
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+
+
+@each_format
+def test_compile_without_graph_breaks(name: str) -> None:
+    model = Small(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for tokens in (3, 5, 0):
+            x = random(tokens, K)
+            assert torch.equal(compiled(x), model(x))
+
+
+@each_format
+def test_export(name: str) -> None:
+    model, tokens = Small(name), torch.export.Dim("tokens", min=0, max=512)
+    program = torch.export.export(model, (random(3, K),), dynamic_shapes={"x": {0: tokens}})
+    for count in (3, 7, 0):
+        x = random(count, K)
+        assert torch.equal(program.module()(x), model(x))
+
+
+def test_opcheck() -> None:
+    """The schema, the fake implementation and its dtype, as torch's own tool sees them."""
+    blob = zs.pack(weight_of("csr"), "csr").blob
+    for dtype in EPS:
+        torch.library.opcheck(
+            torch.ops.zeroskip.linear.default,
+            (random(2, 3, K, dtype=dtype), blob, random(M), M, 1),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@each_format
+def test_copies_and_casts_leave_the_blob(name: str) -> None:
+    model, x = Small(name), random(3, K)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    store = io.BytesIO()
+    torch.save(model, store)
+    store.seek(0)
+    assert torch.equal(torch.load(store, weights_only=False)(x), expected)
+    for cast in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float64), lambda m: m.to("cpu")):
+        converted = cast(copy.deepcopy(model))
+        assert converted.up.weight.dtype == torch.int8
+        assert torch.equal(converted.up.weight, model.up.weight)
+        torch.testing.assert_close(converted(x), expected, rtol=2e-2, atol=2e-2)  # the bias was rounded
+    assert copy.deepcopy(model).half()(x.half()).dtype == torch.float16
+
+
+@each_format
+def test_state_dict_overwrites_a_blob_in_place(name: str) -> None:
+    """The handle of the old content must not serve the new one at the same address."""
+    model, x = Small(name), random(3, K)
+    other = copy.deepcopy(model)
+    weight = weight_of(name, seed=0) * 2
+    other.up.weight.data.copy_(zs.pack(weight, name).blob)
+    assert not torch.equal(other(x), model(x))
+    address = model.up.weight.data_ptr()
+    model.load_state_dict(other.state_dict())
+    assert model.up.weight.data_ptr() == address
+    assert torch.equal(model(x), other(x))
+    verify(model.up(x), weight, x, model.up.bias, "relu", model.up.packed.kernel_for(3))
+
+
+def test_a_blob_damaged_in_place_is_refused() -> None:
+    packed, x = zs.pack(weight_of("csr"), "csr"), random(3, K)
+    zs.linear(packed, x)
+    good = packed.blob.clone()
+    packed.blob[50] = 9  # value type, in the header that is compared at each call
+    with pytest.raises(zs.ZeroskipError, match="value type 9"):
+        zs.linear(packed, x)
+    packed.blob.copy_(good)
+    zs.linear(packed, x)
+    packed.blob[-1] ^= 1  # anywhere, when it is checked
+    with pytest.raises(zs.ZeroskipError, match="hash"):
+        zs.Packed.from_blob(packed.blob)
+    with pytest.raises(zs.ZeroskipError, match="hash"):  # and the handle of what was there is gone
+        zs.linear(packed, x)
+
+
+def test_module_says_what_it_is() -> None:
+    layer = PackedLinear.from_packed(zs.pack(weight_of("csr"), "csr"), random(M), "gelu")
+    assert repr(layer) == f"PackedLinear(in_features={K}, out_features={M}, bias=True, activation=gelu)"
+    assert layer.packed.shape == (M, K)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    with pytest.raises(zs.ZeroskipError, match="bias has shape"):
+        PackedLinear.from_packed(layer.packed, random(M + 1))
+
+
+# Threads and processes
+
+
+@pytest.mark.kernels
+@each_format
+def test_one_handle_from_eight_threads(name: str) -> None:
+    packed = zs.pack(weight_of(name, m=100, k=96), name)
+    inputs = [random(1 + 9 * i, 96, seed=i) for i in range(8)]
+    expected = [zs.linear(packed, x) for x in inputs]
+    _core.forget_tuning()  # drop the handle: the threads race to make it
+
+    def work(i: int) -> bool:
+        return all(torch.equal(zs.linear(packed, inputs[i]), expected[i]) for _ in range(30))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+FORK = """
+import os, torch, zeroskip as zs
+torch.set_num_threads(2)
+packed = zs.pack(torch.arange(64 * 96.0).view(64, 96) % 7, "csr")
+x = torch.ones(40, 96)
+expected = zs.linear(packed, x)   # the pool of threads is up
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(zs.linear(packed, x), expected) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes() -> None:
+    result = python(FORK)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_forced_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = zs.isa()
+    monkeypatch.setenv("ZEROSKIP_ISA", "scalar")
+    try:
+        limit_to_environment()
+        assert zs.isa().active == "scalar"
+        assert ops.kernels(zs.pack(weight_of("csr"), "csr")) == ("spmm_csr_fp32_scalar",)
+    finally:
+        assert _core.isa_limit(here.active)
+    lacking = [(row, f"lacks {what}") for row, what in here.unavailable.items()]
+    for wanted, reason in [("avx1024", "there is no such row"), *lacking]:
+        monkeypatch.setenv("ZEROSKIP_ISA", wanted)
+        with pytest.raises(zs.ZeroskipError, match=f"ZEROSKIP_ISA={wanted}: .*{reason}; this CPU offers scalar"):
+            limit_to_environment()
+    assert zs.isa() == here
+
+
+def test_an_unknown_row_stops_the_import() -> None:
+    result = python("import zeroskip", ZEROSKIP_ISA="avx1024")
+    assert result.returncode != 0
+    assert (
+        "ZEROSKIP_ISA=avx1024: there is no such row; this CPU offers scalar" in result.stderr.strip().splitlines()[-1]
+    )
