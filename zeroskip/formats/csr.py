@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,14 +17,14 @@ __all__ = ["Csr", "row_offsets", "to_raw"]
 SLAB = 1 << 22  # weights that are looked at together: what bounds the memory beside weight and blob
 
 
-def to_raw(weight: Tensor) -> np.ndarray:
+def to_raw(weight: Tensor) -> npt.NDArray[Any]:
     """The bits of `weight` [m, k] as int32 or int16, which numpy knows, without a copy where it is contiguous."""
     bits = torch.int16 if weight.dtype == torch.bfloat16 else torch.int32
-    array: np.ndarray = weight.contiguous().view(bits).numpy()
+    array: npt.NDArray[Any] = weight.contiguous().view(bits).numpy()
     return array
 
 
-def row_offsets(mask: np.ndarray) -> np.ndarray:
+def row_offsets(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """The index of each row's first non-zero, and their number: int64 [m + 1]."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.count_nonzero(mask, axis=1), dtype=np.int64)])
 
@@ -44,7 +47,7 @@ class Csr(Format):
 
     def unpack(self, header: Header, sections: list[Tensor]) -> Tensor:
         offsets = sections[0].numpy().view(np.int64)
-        columns = sections[1].numpy().view(np.uint16 if header.k <= 65536 else np.uint32)
+        columns: npt.NDArray[Any] = sections[1].numpy().view(np.uint16 if header.k <= 65536 else np.uint32)
         weight = torch.zeros(header.m, header.k, dtype=VALUES[header.values])
         flat = to_raw(weight).reshape(-1)  # writes go to `weight`
         values = sections[2].numpy().view(flat.dtype)
