@@ -14,11 +14,10 @@ from zeroskip.errors import ZeroskipError
 __all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_directory"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 # What belongs to a model besides config and weights: tokenizers, processors, sentence-transformers' modules.
-COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "*processor_config.json", "modules.json", "*sentence*.json", "[0-9]_*",
-)  # fmt: skip
+COMPANIONS = (*TOKENIZERS, "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json")
+COMPANIONS += ("modules.json", "*sentence*.json", "[0-9]_*")
 
 
 def load(name: str) -> nn.Module:
@@ -49,8 +48,12 @@ def load(name: str) -> nn.Module:
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer that belongs to a model."""
-    if not Path(name).is_dir():
+    path = Path(name)
+    if not path.is_dir():
         _check_hub_id(name)
+    elif not any(found for pattern in TOKENIZERS for found in path.glob(pattern)):
+        # transformers would make one without words from config.json alone
+        raise ZeroskipError(f"{name}: has no tokenizer: copy its files (tokenizer.json and the like) there")
     from transformers import AutoTokenizer
 
     return _fetched(f"{name} (its tokenizer)", lambda: AutoTokenizer.from_pretrained(name))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
+from zeroskip.cli.terminal import Json, command, interrupted, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
 __all__ = ["journal_of", "prune"]
@@ -83,11 +83,15 @@ def prune(
             )
         with step(f"writing {out}"):
             save(network, out, tokenizer=models.Companions(model))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"(the same command goes on from {journal})") from None
-    except BaseException:
+    except BaseException as error:
+        if interrupted(error):
+            kept = any(journal.glob("*.safetensors"))
+            raise KeyboardInterrupt(f"(the same command goes on from {journal})" if kept else "") from None
         if fresh and not any(journal.glob("*.safetensors")):  # nothing in it is worth a second try
             shutil.rmtree(journal, ignore_errors=True)
+        if isinstance(error, RuntimeError | LookupError | TypeError):  # a model's own words for inputs it cannot take
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ZeroskipError(f"the model does not run on the calibration data: {first}") from error
         raise
     shutil.rmtree(journal, ignore_errors=True)
     write_json(json_path, report.to_dict())

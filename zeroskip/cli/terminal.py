@@ -22,7 +22,7 @@ import typer
 
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["Command", "Json", "app", "command", "main", "progress", "say", "step", "write_json"]
+__all__ = ["Command", "Json", "app", "command", "interrupted", "main", "progress", "say", "step", "write_json"]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Advance = Callable[[int, int, str], None]
@@ -66,18 +66,30 @@ def command(name: str, example: str, group: typer.Typer = app) -> Callable[[Comm
                 if path is not None:
                     _check_writable(path)
                 function(*args, **kwargs)
-            except KeyboardInterrupt as error:
-                _fail(" ".join(["interrupted", *map(str, error.args)]), INTERRUPTED, error)
             except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-                sys.stderr.close()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes what is left when it ends
                 raise typer.Exit(0) from None
-            except (ValueError, OSError) as error:
-                _fail(str(error) or type(error).__name__, BAD_INPUT, error)
+            except BaseException as error:
+                if interrupted(error):
+                    hint = f" {error}" if isinstance(error, KeyboardInterrupt) else ""
+                    _fail(f"interrupted{hint}", INTERRUPTED, error)
+                if isinstance(error, ValueError | OSError):
+                    _fail(str(error) or type(error).__name__, BAD_INPUT, error)
+                raise
 
         group.command(name, epilog=f"Example: {example}")(guarded)
         return function
 
     return register
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error: cleaning up half-done work may raise an error of its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _fail(message: str, code: int, error: BaseException) -> None:

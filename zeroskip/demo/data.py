@@ -140,9 +140,10 @@ def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 512, docs: list
     if len(test) < test_pairs:
         raise ZeroskipError(f"{len(test)} held-out docstring pairs, {test_pairs} asked for: ask for fewer")
     calibration = [doc.text[: DOCUMENT_CHARS[1]] for doc in docs if doc.module in calibrating]
+    drawn = rng.sample(test, test_pairs)  # before the texts, whose number then does not change the task
     return Split(
         calibration=rng.sample(calibration, min(texts, len(calibration))),
-        pairs=rng.sample(test, test_pairs),
+        pairs=drawn,
         calibration_modules=sorted(calibrating),
         test_modules=sorted(modules[taken:]),
     )

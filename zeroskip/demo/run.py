@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeroskip.calibrate.text import text_batches
 from zeroskip.compile import compile as compile_model
 from zeroskip.demo import data, task
 from zeroskip.demo.measure import batches, measure, model_bytes, quicker_dtype
@@ -100,7 +99,7 @@ def run(
 
     clock("pruning")
     reference = copy.deepcopy(dense)
-    calibration = text_batches(reference, split.calibration, tokenizer, seed, task.MAX_TOKENS)
+    calibration = task.tokenized(tokenizer, split.calibration)
     report = prune(reference, METHOD, pattern=PATTERN, calibration=calibration, seed=seed)
     clock("compiling")
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
@@ -123,7 +122,7 @@ def run(
         pattern=PATTERN,
         dtype=dtype,
         split=split,
-        calibration_texts=sum(len(batch["input_ids"]) for batch in calibration),
+        calibration_texts=len(split.calibration),
         dense=quality_dense,
         sparse=quality_sparse,
         sizes=sizes,

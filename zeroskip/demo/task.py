@@ -60,6 +60,20 @@ class Recall:
         }
 
 
+def tokenized(
+    tokenizer: Any, texts: Sequence[str], *, batch_size: int = 64, max_tokens: int = MAX_TOKENS
+) -> list[dict[str, torch.Tensor]]:
+    """Cut `texts` into padded batches, the longest first, so that a batch holds texts of like length."""
+    rows = _longest_first(texts)
+    takes = [[texts[i] for i in rows[at : at + batch_size]] for at in range(0, len(rows), batch_size)]
+    asked = {"padding": True, "truncation": True, "max_length": max_tokens, "return_tensors": "pt"}
+    return [dict(tokenizer(take, **asked)) for take in takes]
+
+
+def _longest_first(texts: Sequence[str]) -> list[int]:
+    return sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+
+
 def embed(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -71,17 +85,13 @@ def embed(
 ) -> torch.Tensor:
     """Embed `texts`: fp32 [len(texts), hidden], rows of length one, in the order given.
 
-    Texts are run longest first so that a batch holds texts of like length and little padding. `advance` is told how
-    many texts each batch finished.
+    `advance` is told how many texts each batch finished.
     """
-    rows = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    rows = _longest_first(texts)
     out: torch.Tensor | None = None
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            take = rows[start : start + batch_size]
-            batch = tokenizer(
-                [texts[i] for i in take], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
-            )
+        for at, batch in enumerate(tokenized(tokenizer, texts, batch_size=batch_size, max_tokens=max_tokens)):
+            take = rows[at * batch_size : (at + 1) * batch_size]
             hidden = model(**batch)[0].float()
             mask = batch["attention_mask"].unsqueeze(-1).float()
             mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
