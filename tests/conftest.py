@@ -1,0 +1,36 @@
+"""What every test may ask for: the shared data, and a process that other tests have left as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA = Path(os.environ.get("ZEROSKIP_DATA", Path(__file__).parents[2] / "shared" / "data"))
+ORIGINS = {
+    "correlated": "a generator of one layer with correlated inputs, written for this project",
+    "pylm15m": "a 15.7 M-parameter language model of Python code, trained for this project",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and threads that wait for each other are slow on a busy machine."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def data() -> Callable[[str], Path]:
+    """Return the folder of a data set, or skip the test saying what is missing."""
+
+    def folder(name: str) -> Path:
+        if not (DATA / name).is_dir():
+            pytest.skip(f"needs the data set {name!r} ({ORIGINS.get(name, 'see its README')}) in {DATA}; set ZEROSKIP_DATA")
+        return DATA / name
+
+    return folder
