@@ -9,7 +9,7 @@
 //                            [tokens/kBlock][k][width] for more
 // y            as x          [tokens, m]               any
 //
-// Bits, offsets and lengths are checked in check.cpp, pointers and shapes in bind.cpp. A unit is 64 rows. Up to 4
+// Bits, offsets and lengths are checked in check.cpp, pointers and shapes in bind.cpp. A unit is 32 rows. Up to 4
 // tokens: gemv.h, which streams the weights once. More: the bits of a row are turned into columns, some hundred at a
 // time, and then it is the loop of `csr`; that costs one table step for 8 columns against a token block of
 // multiply-adds for every non-zero.
