@@ -22,8 +22,7 @@ std::string quoted(const char* text, size_t limit) {
 }
 
 std::string check_header(const Header& header, uint64_t nbytes) {
-  if (std::memcmp(header.magic, "ZEROSKIP", 8))
-    return "not a zeroskip blob: it starts with " + quoted(header.magic, 8);
+  if (std::memcmp(header.magic, "ZEROSKIP", 8)) return "not a zeroskip blob: it starts with " + quoted(header.magic, 8);
   for (size_t i = strnlen(header.format, 8); i < 8; ++i)
     if (header.format[i]) return "the format's name is not padded with NUL";
   if (header.version != kVersion)
@@ -31,7 +30,9 @@ std::string check_header(const Header& header, uint64_t nbytes) {
   if (header.nbytes != nbytes)
     return "truncated or extended: " + std::to_string(nbytes) + " bytes, its header says " +
            std::to_string(header.nbytes);
-  if (header.m == 0 || header.k == 0 || header.m > 0x7FFFFFFF || header.k > 0x7FFFFFFF)
+  // 2^48 weights: far beyond any model, and every length that a check computes stays below 2^63.
+  if (header.m == 0 || header.k == 0 || header.m > 0x7FFFFFFF || header.k > 0x7FFFFFFF ||
+      static_cast<uint64_t>(header.m) * header.k >> 48)
     return "impossible shape " + std::to_string(header.m) + " x " + std::to_string(header.k);
   if (header.values != 1 && header.values != 2) return "unknown value type " + std::to_string(header.values);
   if (header.sections > kMaxSections) return "too many sections: " + std::to_string(header.sections);

@@ -6,7 +6,7 @@
 
 namespace zs {
 
-enum class Values : uint8_t { fp32 = 1, bf16 = 2 };         // type of the stored weights
+enum class Values : uint8_t { fp32 = 1, bf16 = 2 };          // type of the stored weights
 enum class Type : uint8_t { fp32 = 1, bf16 = 2, fp16 = 3 };  // type of x, bias and y
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, relu2 };
 

@@ -30,7 +30,9 @@ def data() -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         if not (DATA / name).is_dir():
-            pytest.skip(f"needs the data set {name!r} ({ORIGINS.get(name, 'see its README')}) in {DATA}; set ZEROSKIP_DATA")
+            pytest.skip(
+                f"needs the data set {name!r} ({ORIGINS.get(name, 'see its README')}) in {DATA}; set ZEROSKIP_DATA"
+            )
         return DATA / name
 
     return folder

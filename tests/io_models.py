@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroskip.dense import DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.formats import pack
-from zeroskip.install import put_in, weights_of
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.install import put_in, weights_of
 
 
 class Plain(nn.Module):

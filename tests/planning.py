@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from zeroskip.bench import break_even, measure, whole
 from zeroskip.bench.timer import Race
+from zeroskip.planning import break_even, measure, whole
 
 Rule = Callable[[str], float]
 

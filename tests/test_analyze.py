@@ -13,11 +13,11 @@ from planning import Net, inject, prefer, strips
 from torch import nn
 
 from zeroskip.analyze import analyze
-from zeroskip.bench.break_even import crossing
 from zeroskip.compile import compile
 from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
-from zeroskip.zeros import find_zeros
+from zeroskip.planning.break_even import crossing
+from zeroskip.planning.zeros import find_zeros
 
 
 def faster_when_sparser(name: str) -> float:

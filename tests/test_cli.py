@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_models import write_decoder, write_encoder
+from cli_models import shorten_races, write_decoder, write_encoder
 from typer.testing import CliRunner
 
 from zeroskip.cli import app
@@ -50,14 +50,7 @@ def zeroskip_process(*words, **options):
 
 @pytest.fixture(autouse=True)
 def short_races(monkeypatch):
-    """Time little: what is measured matters in no test here."""
-    from zeroskip.bench import break_even, measure, whole
-
-    def shorter(race):
-        return lambda runners, **given: race(runners, **given | {"budget_s": 0.01, "min_rounds": 1})
-
-    for module in (break_even, measure, whole):
-        monkeypatch.setattr(module, "race", shorter(module.race))
+    shorten_races(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from planning import SPARSE, Net, X, close, inject, prefer, strips
 from torch import nn
 
 from zeroskip.compile import compile
-from zeroskip.dense import DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import thaw
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
-from zeroskip.plan import Plan, plan_of
+from zeroskip.planning.install import thaw
+from zeroskip.planning.plan import Plan, plan_of
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_fp16_weights_need_a_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_fails_the_oracle_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from zeroskip.bench import candidates
+    from zeroskip.planning import candidates
 
     monkeypatch.setattr(candidates._Forced, "forward", lambda self, x: torch.zeros(x.shape[0], self.m))
     inject(monkeypatch, SPARSE)

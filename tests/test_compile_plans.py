@@ -12,16 +12,16 @@ import torch
 from planning import SPARSE, Net, X, close, inject, prefer, strips
 from torch import nn
 
-from zeroskip.bench import verdict
 from zeroskip.compile import compile
-from zeroskip.dense import DenseLinear
+from zeroskip.dense_layers import DenseLinear
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import apply_tuning
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
-from zeroskip.plan import plan_of
-from zeroskip.planner import Planner
-from zeroskip.tokens import Tokens
+from zeroskip.planning import verdict
+from zeroskip.planning.install import apply_tuning
+from zeroskip.planning.plan import plan_of
+from zeroskip.planning.planner import Planner
+from zeroskip.planning.tokens import Tokens
 
 
 @pytest.fixture(autouse=True)

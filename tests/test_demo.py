@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from cli_models import WORDS, write_encoder
+from cli_models import WORDS, shorten_races, write_encoder
 
 from zeroskip.demo import data, task
 from zeroskip.demo.measure import OURS, _agreeing, batches, model_bytes
@@ -174,16 +174,17 @@ def demo(docs, tmp_path_factory):
     place = tmp_path_factory.mktemp("demo")
     told = []
     source = write_encoder(place / "source", hidden=128)
-    result = run.run(
-        place / "out",
-        model=source,
-        test_pairs=80,
-        texts=16,
-        docs=docs,
-        speed=False,
-        budget_s=0.02,
-        progress=lambda done, total, what: told.append((done, total, what)),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_races(patch)
+        result = run.run(
+            place / "out",
+            model=source,
+            test_pairs=80,
+            texts=16,
+            docs=docs,
+            speed=False,
+            progress=lambda done, total, what: told.append((done, total, what)),
+        )
     return result, place / "out", told
 
 
@@ -224,7 +225,7 @@ def test_the_demo_replaces_nothing_that_is_not_its_own(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_speeds_of_a_random_encoder(tmp_path):
+def test_speeds_of_a_random_encoder(tmp_path, monkeypatch):
     """Every kind of dense is timed or says why not, ours too, and ratios are to the best dense."""
     import copy
 
@@ -234,10 +235,11 @@ def test_speeds_of_a_random_encoder(tmp_path):
     from zeroskip.demo import measure
     from zeroskip.io import load
 
+    shorten_races(monkeypatch)
     source = write_encoder(tmp_path)
     dense = load(source)
     inputs = measure.batches(AutoTokenizer.from_pretrained(source), ["return the list", "open a file"] * 4, (2,), 16)
-    sparse = compile_model(copy.deepcopy(dense), tokens=(8,), budget_s=0.02)
+    sparse = compile_model(copy.deepcopy(dense), tokens=(8,))
     found = measure.measure(dense, sparse, dense, "fp32", inputs, compile_models=False, budget_s={2: 0.2})
     kinds = {row.kind for row in found.rows}
     assert {"torch fp32", "our dense fp32", OURS} <= kinds

@@ -18,15 +18,15 @@ from io_models import HEADS, answer, pack_sites, tiny
 
 import zeroskip  # noqa: F401
 from zeroskip import plugin
-from zeroskip.dense import DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import attach, load, save
 from zeroskip.io.container import read_header
 from zeroskip.io.sites import blobs_of
-from zeroskip.machine import this_machine
-from zeroskip.plan import Plan, SitePlan
+from zeroskip.planning.machine import this_machine
+from zeroskip.planning.plan import Plan, SitePlan
+from zeroskip.planning.tokens import Tokens
 from zeroskip.prune.report import Report
-from zeroskip.tokens import Tokens
 
 plugin.install()
 torch.set_num_threads(1)
@@ -196,7 +196,7 @@ def test_a_pruned_model_is_an_ordinary_one(tmp_path: Path) -> None:
 
 
 def test_conv1d_that_became_linear_is_stored_as_conv1d(tmp_path: Path) -> None:
-    from zeroskip.install import thaw
+    from zeroskip.planning.install import thaw
 
     model = pack_sites(tiny("gpt2"), kinds=("dense",))
     thaw(model)
@@ -297,7 +297,7 @@ def test_shards_and_an_instance(tmp_path: Path) -> None:
 
 
 def test_an_unpacked_model_loses_the_section(tmp_path: Path) -> None:
-    from zeroskip.install import thaw
+    from zeroskip.planning.install import thaw
 
     model = pack_sites(tiny("bert"))
     attach(model)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from zeroskip.bench.candidates import Layout, allowed_values, check_precision
-from zeroskip.bench.choose import Choice, buckets, choose
-from zeroskip.bench.measure import Measured
 from zeroskip.bench.oracle import Oracle
 from zeroskip.bench.timer import Race
 from zeroskip.errors import ZeroskipError
-from zeroskip.machine import this_machine
-from zeroskip.plan import ModelCheck, Plan, SitePlan, plan_of
-from zeroskip.tokens import Tokens
+from zeroskip.planning.candidates import Layout, allowed_values, check_precision
+from zeroskip.planning.choose import Choice, buckets, choose
+from zeroskip.planning.machine import this_machine
+from zeroskip.planning.measure import Measured
+from zeroskip.planning.plan import ModelCheck, Plan, SitePlan, plan_of
+from zeroskip.planning.tokens import Tokens
 
 Times = dict[str, dict[int, float]]
 

@@ -1,4 +1,4 @@
-"""Print the requirements that one list of pyproject.toml names: `requirements.py project.optional-dependencies.test`."""
+"""Print what one list of pyproject.toml names: `requirements.py project.optional-dependencies.test`."""
 
 import sys
 import tomllib

@@ -12,7 +12,7 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, names as formats, pack, unpack
 from zeroskip.ops import linear
 from zeroskip.prune import methods, prune
-from zeroskip.plan import Plan, plan_of
+from zeroskip.planning.plan import Plan, plan_of
 from zeroskip.compile import compile
 from zeroskip.analyze import analyze
 from zeroskip.io import load, save

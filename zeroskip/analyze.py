@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from zeroskip.bench.break_even import BreakEven, break_even
-from zeroskip.bench.candidates import NAMES, PRECISIONS, check_precision
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import compiled_layers, thaw
-from zeroskip.machine import Machine, this_machine
-from zeroskip.plan import SitePlan, plain
-from zeroskip.planner import Planner, plannable
-from zeroskip.tokens import Tokens
+from zeroskip.planning.break_even import BreakEven, break_even
+from zeroskip.planning.candidates import NAMES, PRECISIONS, check_precision
+from zeroskip.planning.install import compiled_layers, thaw
+from zeroskip.planning.machine import Machine, this_machine
+from zeroskip.planning.plan import SitePlan, plain
+from zeroskip.planning.planner import Planner, plannable
+from zeroskip.planning.tokens import Tokens
 
 __all__ = ["Analysis", "analyze"]
 
@@ -68,7 +68,7 @@ class Analysis:
         }
 
     def __str__(self) -> str:
-        from zeroskip.report import analysis_table
+        from zeroskip.planning.report import analysis_table
 
         return analysis_table(self)
 

@@ -1,6 +1,6 @@
 """`zs.compile`: measure every way to run each site on this machine, install the best, check the whole model.
 
-The rule of choice is in bench/choose.py. What was measured and chosen is the plan, which the model carries; the last
+The rule of choice is in planning/choose.py. What was measured and chosen is the plan, which the model carries; the last
 word has the whole model, which must not be slower than its dense self.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import nn
 
-from zeroskip.bench.candidates import check_precision
-from zeroskip.bench.verdict import Verdict
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import apply_tuning, build, fits, put_in, thaw, weights_of
 from zeroskip.io.meta import attach
-from zeroskip.machine import this_machine
 from zeroskip.model import Site
-from zeroskip.plan import ModelCheck, Plan, SitePlan
-from zeroskip.planner import Planner, check_weights, plannable
-from zeroskip.tokens import Tokens
-from zeroskip.zeros import find_zeros
+from zeroskip.planning.candidates import check_precision
+from zeroskip.planning.install import apply_tuning, build, fits, put_in, thaw, weights_of
+from zeroskip.planning.machine import this_machine
+from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
+from zeroskip.planning.planner import Planner, check_weights, plannable
+from zeroskip.planning.tokens import Tokens
+from zeroskip.planning.verdict import Verdict
+from zeroskip.planning.zeros import find_zeros
 
 __all__ = ["Progress", "apply_tuning", "compile"]
 

@@ -25,9 +25,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import compiled_layers
 from zeroskip.io import meta, sites
 from zeroskip.io.load import check_sites, read_files
+from zeroskip.planning.install import compiled_layers
 
 __all__ = ["METHOD", "ZeroskipConfig", "ZeroskipQuantizer", "attach", "is_ignored", "ties_of", "untie"]
 

@@ -14,8 +14,8 @@ namespace {
 namespace panel {
 
 constexpr int64_t kTileTokens = 16, kTileInputs = 32, kTileBytes = 1024;
-constexpr int64_t kPassBytesAmx = 1 << 20;                 // packed x of one pass: half of a 2 MB L2
-constexpr int64_t kSumsBytes = 4 * kTileBytes;             // C of one call of multiply_tiles
+constexpr int64_t kPassBytesAmx = 1 << 20;      // packed x of one pass: half of a 2 MB L2
+constexpr int64_t kSumsBytes = 4 * kTileBytes;  // C of one call of multiply_tiles
 constexpr int64_t kTokensAtOnce = 2 * kTileTokens;
 
 // Where a kernel finds A: tile j of token tile i starts at base + i * next + j * step, its rows `stride` bytes apart.
@@ -24,7 +24,9 @@ struct Tokens {
   int64_t next, step, stride;
 };
 
-inline int64_t input_tiles(int64_t k, int64_t multiple) { return (k + multiple - 1) / multiple * multiple / kTileInputs; }
+inline int64_t input_tiles(int64_t k, int64_t multiple) {
+  return (k + multiple - 1) / multiple * multiple / kTileInputs;
+}
 
 inline int64_t pass_tokens_amx(int64_t tiles) {
   const int64_t fit = kPassBytesAmx / (tiles * 64) / kTokensAtOnce * kTokensAtOnce;

@@ -54,8 +54,8 @@ inline f32 activate(f32 x, zs::Activation activation) {
     case zs::Activation::gelu:
       return simd::mul(simd::mul(simd::set(0.5f), x), simd::add(one, erf(simd::mul(x, simd::set(0.70710678f)))));
     case zs::Activation::gelu_tanh: {  // 0.5 x (1 + tanh u) = x / (1 + exp(-2u))
-      const f32 u = simd::mul(simd::mul(x, simd::set(-1.59576912f)),
-                              simd::fma(simd::mul(x, x), simd::set(0.044715f), one));
+      const f32 u =
+          simd::mul(simd::mul(x, simd::set(-1.59576912f)), simd::fma(simd::mul(x, x), simd::set(0.044715f), one));
       return simd::div(x, simd::add(one, exp(u)));
     }
   }

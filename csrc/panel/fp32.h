@@ -20,10 +20,10 @@ namespace {
 namespace panel {
 
 using zs::kPanel;
-constexpr int kVectors = kPanel / simd::kLanes;                 // vectors of one panel
-constexpr int kSums = simd::kRegisters == 32 ? 24 : 12;         // accumulators that fit beside weights and broadcast
-constexpr int kBlock = kVectors == 1 ? 12 : kSums / kVectors;   // tokens of a full block
-constexpr int64_t kPassBytes = 512 << 10;                       // packed x of one pass: half of a 1 MB L2
+constexpr int kVectors = kPanel / simd::kLanes;                // vectors of one panel
+constexpr int kSums = simd::kRegisters == 32 ? 24 : 12;        // accumulators that fit beside weights and broadcast
+constexpr int kBlock = kVectors == 1 ? 12 : kSums / kVectors;  // tokens of a full block
+constexpr int64_t kPassBytes = 512 << 10;                      // packed x of one pass: half of a 1 MB L2
 
 // How many panels a block of `tokens` takes at once.
 constexpr int panels_at_once(int tokens) {
@@ -34,11 +34,11 @@ constexpr int panels_at_once(int tokens) {
 
 // The rows of a weight as a kernel sees them: panels that share the kept columns.
 struct Strip {
-  const uint8_t* values;     // first panel
-  int64_t panel_bytes;       // from one panel to the next
-  const uint32_t* columns;   // [kept]; with kSkip false they are 0, 1, 2, ...
-  int64_t kept;              // columns kept
-  int64_t first_row, rows;   // output rows of the strip
+  const uint8_t* values;    // first panel
+  int64_t panel_bytes;      // from one panel to the next
+  const uint32_t* columns;  // [kept]; with kSkip false they are 0, 1, 2, ...
+  int64_t kept;             // columns kept
+  int64_t first_row, rows;  // output rows of the strip
 };
 
 inline int64_t pass_tokens(int64_t k) {
@@ -97,7 +97,8 @@ inline void multiply(const zs::Call& call, const Strip& strip, int64_t first_pan
         return simd::load(reinterpret_cast<const float*>(panel) + j * kPanel + lane);
       });
   } else {
-    // The halves of a pair are loaded apart: with both in registers one sum would live in memory (AVX2: half the speed).
+    // The halves of a pair are loaded apart: with both in registers one sum would live in memory (AVX2: half the
+    // speed).
     for (int64_t j = 0; j < strip.kept; j += 2) {
       step(j, [=](const uint8_t* panel, int lane) __attribute__((always_inline)) {
         return simd::load_even(reinterpret_cast<const uint16_t*>(panel) + j * kPanel + lane * 2);
@@ -112,8 +113,7 @@ inline void multiply(const zs::Call& call, const Strip& strip, int64_t first_pan
 
   for (int p = 0; p < kPanels; ++p) {
     const int64_t row = (first_panel + p) * kPanel;
-    for (int t = 0; t < kTokens; ++t)
-      finish(call, token + t, strip.first_row + row, strip.rows - row, sums[p][t]);
+    for (int t = 0; t < kTokens; ++t) finish(call, token + t, strip.first_row + row, strip.rows - row, sums[p][t]);
   }
 }
 

@@ -4,8 +4,9 @@
 
 #define ZS_STRING_(text) #text
 #define ZS_STRING(text) ZS_STRING_(text)
-#define ZS_ENTRY(format, values, geometry, pack, run) \
-  {#format, zs::Values::values, ZS_STRING(ZS_ISA), "spmm_" #format "_" #values "_" ZS_STRING(ZS_ISA), geometry, pack, run}
+#define ZS_ENTRY(format, values, geometry, pack, run)                                                                 \
+  {#format, zs::Values::values, ZS_STRING(ZS_ISA), "spmm_" #format "_" #values "_" ZS_STRING(ZS_ISA), geometry, pack, \
+   run}
 #define ZS_END_OF_TABLE {nullptr, zs::Values::fp32, nullptr, nullptr, nullptr, nullptr, nullptr}
 #define ZS_KERNELS(...)                    \
   namespace zs {                           \

@@ -23,9 +23,7 @@ inline f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline f32 min(f32 a, f32 b) { return _mm256_min_ps(a, b); }
 inline f32 max(f32 a, f32 b) { return _mm256_max_ps(a, b); }
 inline f32 abs(f32 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-inline f32 copysign(f32 a, f32 sign) {
-  return _mm256_or_ps(abs(a), _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
-}
+inline f32 copysign(f32 a, f32 sign) { return _mm256_or_ps(abs(a), _mm256_and_ps(_mm256_set1_ps(-0.0f), sign)); }
 inline f32 round(f32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline f32 scale2(f32 a, f32 n) {
   const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

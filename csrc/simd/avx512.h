@@ -23,15 +23,11 @@ inline f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
 inline f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
 inline f32 abs(f32 a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
-inline f32 copysign(f32 a, f32 sign) {
-  return _mm512_or_ps(abs(a), _mm512_and_ps(_mm512_set1_ps(-0.0f), sign));
-}
+inline f32 copysign(f32 a, f32 sign) { return _mm512_or_ps(abs(a), _mm512_and_ps(_mm512_set1_ps(-0.0f), sign)); }
 inline f32 round(f32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline f32 scale2(f32 a, f32 n) { return _mm512_scalef_ps(a, n); }
 
-inline f32 load_even(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
-}
+inline f32 load_even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 inline f32 load_odd(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
@@ -52,8 +48,7 @@ inline f32 load_fp16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store_fp16(uint16_t* p, f32 v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 inline f32 set_bf16(const uint16_t* p) {

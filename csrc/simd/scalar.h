@@ -84,7 +84,7 @@ inline uint16_t float_to_half(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
   if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // rounds to 2^16 or more
-  if (magnitude < 0x38800000u) {                                              // subnormal: let the FPU round at 2^-24
+  if (magnitude < 0x38800000u) {                                               // subnormal: let the FPU round at 2^-24
     float absolute;
     memcpy(&absolute, &magnitude, sizeof absolute);
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(nearbyintf(absolute * 16777216.0f)));

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
 
 __all__ = ["Linear", "OneDnn", "Rival", "rivals"]
 

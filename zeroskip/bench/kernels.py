@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.candidates import layouts
-from zeroskip.bench.measure import Measured, measure_layouts, runner_name
+from zeroskip.planning.candidates import layouts
+from zeroskip.planning.measure import Measured, measure_layouts, runner_name
 from zeroskip.prune.patterns import Pattern
 
 __all__ = ["FULL", "QUICK", "Case", "KernelTable", "Row", "bench_kernels"]
@@ -65,7 +65,7 @@ class KernelTable:
         return {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        from zeroskip.report import table
+        from zeroskip.planning.report import table
 
         head = ["kernel", "storage", "shape", "zeros", "tokens", "ms", "GFLOP/s", "x nn.Linear", "x best dense"]
         lines = table(head, map(_cells, self.rows))

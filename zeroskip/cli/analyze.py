@@ -21,8 +21,8 @@ def analyze(
 ) -> None:
     """Say why a pruned MODEL is, or is not, smaller and faster: pattern, bytes, measured speed and advice."""
     counts = token_counts(tokens)
-    from zeroskip.bench.candidates import check_precision
     from zeroskip.cli import models
+    from zeroskip.planning.candidates import check_precision
 
     check_precision(precision)
     with step(f"loading {model}"):

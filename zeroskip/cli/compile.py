@@ -34,8 +34,8 @@ def compile(
     why.
     """
     counts = token_counts(tokens)
-    from zeroskip.bench.candidates import check_precision
     from zeroskip.cli import models
+    from zeroskip.planning.candidates import check_precision
 
     models.output_directory(out)
     check_precision(precision)
@@ -44,7 +44,7 @@ def compile(
 
     from zeroskip.compile import compile as compile_model
     from zeroskip.io import save
-    from zeroskip.plan import plan_of
+    from zeroskip.planning.plan import plan_of
 
     with progress("measuring") as advance:
         network = compile_model(network, tokens=counts, precision=precision, progress=advance)

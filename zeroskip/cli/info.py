@@ -37,7 +37,7 @@ def collect(roofline: bool) -> dict[str, Any]:
     import torch
 
     import zeroskip
-    from zeroskip.machine import this_machine
+    from zeroskip.planning.machine import this_machine
 
     rows = zeroskip.isa()
     limit, runtimes = cpu_limit(), openmp_runtimes()

@@ -16,7 +16,13 @@ __all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_direc
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 # What belongs to a model besides config and weights: tokenizers, processors, sentence-transformers' modules.
-COMPANIONS = (*TOKENIZERS, "special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json")
+COMPANIONS: tuple[str, ...] = (
+    *TOKENIZERS,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+)
 COMPANIONS += ("modules.json", "*sentence*.json", "[0-9]_*")
 
 

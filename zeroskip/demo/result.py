@@ -8,10 +8,10 @@ from typing import Any
 from zeroskip.demo.data import Split
 from zeroskip.demo.measure import Speeds
 from zeroskip.demo.task import Recall
-from zeroskip.machine import Machine
-from zeroskip.plan import Plan
+from zeroskip.planning.machine import Machine
+from zeroskip.planning.plan import Plan
+from zeroskip.planning.report import human_bytes, table
 from zeroskip.prune.report import Report
-from zeroskip.report import human_bytes, table
 
 __all__ = ["Result", "Size"]
 
@@ -60,9 +60,9 @@ class Result:
             f"On disk it takes {ours.disk / half.disk:.0%} of the dense bf16 model, its linear layers alone "
             f"{ours.linear / half.linear:.0%}."
         )
-        if self.speeds is None:
-            return f"{quality} {size} Speed was not measured."
-        return f"{_paid(self.speeds)} {quality} {size}"
+        packed = sum(site.is_packed and site.sparsity > 0 for site in self.plan.sites)
+        speed = "Speed was not measured." if self.speeds is None else _paid(self.speeds, packed)
+        return f"{speed} {quality} {size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -131,12 +131,14 @@ def _speed_table(speeds: Speeds) -> list[str]:
     return [*table(head, body), *(f"not timed: {kind}: {why}" for kind, why in speeds.missing.items())]
 
 
-def _paid(speeds: Speeds) -> str:
+def _paid(speeds: Speeds, packed: int) -> str:
     each = {size: speeds.ours(size) for size in speeds.tokens}
     told = ", ".join(
         f"{row.ratio:.2f}x ({row.low:.2f}-{row.high:.2f}) at batch {size} against {speeds.best_dense[size]}"
         for size, row in each.items()
     )
+    if not packed:
+        return f"Sparsity did not pay here: no layer gets faster by its zeros, so all stay dense ({told})."
     ratios = [row.ratio for row in each.values()]
     if min(ratios) >= WORSE and max(ratios) >= PAYS:
         return f"Sparsity paid here: {told}."

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from zeroskip.bench.dense import rivals
 from zeroskip.formats import pack
-from zeroskip.install import put_in, weights_of
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.install import put_in, weights_of
 
 __all__ = ["Batch", "Entry", "compiled", "dense_models", "eager"]
 

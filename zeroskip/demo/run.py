@@ -20,8 +20,8 @@ from zeroskip.demo.measure import batches, measure, model_bytes, quicker_dtype
 from zeroskip.demo.result import Result, Size
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import load, save
-from zeroskip.machine import this_machine
-from zeroskip.plan import plan_of
+from zeroskip.planning.machine import this_machine
+from zeroskip.planning.plan import plan_of
 from zeroskip.prune import prune
 
 __all__ = ["METHOD", "PATTERN", "Progress", "model_directory", "run"]
@@ -56,7 +56,6 @@ def run(
     test_pairs: int = 1000,
     texts: int = 512,
     speed: bool = True,
-    budget_s: float = 0.5,
     docs: list[data.Docstring] | None = None,
     progress: Progress = lambda done, total, what: None,
 ) -> Result:
@@ -74,8 +73,6 @@ def run(
         Pairs to search among; docstrings to calibrate on.
     speed : bool
         Whether to time the rivals; without it the result holds quality and sizes.
-    budget_s : float
-        Of `zeroskip.compile`.
     docs : list of Docstring, optional
         Instead of the standard library's.
     progress : callable
@@ -105,7 +102,7 @@ def run(
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
     sparse = copy.deepcopy(reference).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     longest = max(batch["input_ids"].numel() for batch in inputs.values())
-    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16", budget_s=budget_s)
+    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16")
     clock("quality of sparse")
     quality_sparse = task.recall(sparse, tokenizer, split.pairs)
     clock("speed")

@@ -22,7 +22,8 @@ def to_panels(weight: Tensor) -> Tensor:
     panels = padded.view(padded.shape[0] // PANEL, PANEL, -1)
     if not paired:
         return panels.transpose(1, 2).contiguous()
-    return panels.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+    rows, k = panels.shape[0], panels.shape[2]
+    return panels.view(rows, PANEL, k // 2, 2).transpose(1, 2).contiguous()
 
 
 def from_panels(raw: Tensor, m: int, k: int, values: str) -> Tensor:

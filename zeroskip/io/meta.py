@@ -116,8 +116,8 @@ def restore(model: nn.Module, info: Mapping[str, Any], where: str | Path) -> Non
     ZeroskipError
         If the plan or the report cannot be read.
     """
-    from zeroskip.install import apply_tuning
-    from zeroskip.plan import Plan
+    from zeroskip.planning.install import apply_tuning
+    from zeroskip.planning.plan import Plan
     from zeroskip.prune.report import Report
 
     turned = straighten(model, info["sites"])

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zeroskip.dense import OneDnnLinear
+from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf import METHOD, ZeroskipConfig, is_ignored, ties_of, untie
 from zeroskip.io.container import Later

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip import _core
-from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear
+from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
-from zeroskip.install import compiled_layers, put_in
 from zeroskip.io.container import Later
 from zeroskip.model import Conv1DAdapter, Site
 from zeroskip.nn import PackedLinear
 from zeroskip.ops import ACTIVATIONS
+from zeroskip.planning.install import compiled_layers, put_in
 
 __all__ = [
     "blobs_of",

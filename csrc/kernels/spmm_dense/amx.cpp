@@ -6,8 +6,9 @@
 // scratch  fp32          4 tiles of sums
 //
 // A unit is 64 rows: its weights (64 k bf16, 512 KB at k = 4096) stay in L2 while the tokens of the pass go by.
-#include "kernels/spmm_dense/vector.h"
 #include "panel/amx.h"
+
+#include "kernels/spmm_dense/vector.h"
 #include "panel/table.h"
 
 namespace {

@@ -11,8 +11,9 @@
 // so compacting costs two loads, one or two permutes and as many stores for each token and chunk, whatever N and M;
 // the compacted rows then serve all V / 16 panels of the strip. At V = 64 and 50 % that is 32 permutes against 8 tile
 // products (128 cycles) for 32 tokens and a chunk: the dense loop does 16 products.
-#include "kernels/spmm_strip_nm/vector.h"
 #include "panel/amx.h"
+
+#include "kernels/spmm_strip_nm/vector.h"
 #include "panel/table.h"
 
 namespace {

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from zeroskip import ops
 from zeroskip.bench.dense import rivals
-from zeroskip.dense import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, pack, unpack
-from zeroskip.machine import this_machine
 from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
-from zeroskip.plan import Plan, SitePlan
+from zeroskip.planning.machine import this_machine
+from zeroskip.planning.plan import Plan, SitePlan
 
 __all__ = ["apply_tuning", "build", "compiled_layers", "put_all", "put_in", "stored_weight", "thaw", "weights_of"]
 
@@ -204,8 +204,8 @@ def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
     ZeroskipError
         If the plan names a site that the model has not, or one of another shape or dtype.
     """
-    from zeroskip.bench.candidates import NAMES
     from zeroskip.errors import suggest
+    from zeroskip.planning.candidates import NAMES
 
     sites = {site.name: site for site in find_sites(model, exclude=())}
     for choice in plan.sites:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from zeroskip.bench.dense import rivals
-from zeroskip.bench.measure import Measured
 from zeroskip.bench.timer import Floats, Race, Ratio, interval
-from zeroskip.tokens import Tokens
+from zeroskip.planning.measure import Measured
+from zeroskip.planning.tokens import Tokens
 
 __all__ = ["Choice", "buckets", "choose"]
 

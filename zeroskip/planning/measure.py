@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.candidates import Call, Layout, copies_for, layouts
 from zeroskip.bench.oracle import Oracle
 from zeroskip.bench.timer import Race, race
+from zeroskip.planning.candidates import Call, Layout, copies_for, layouts
 
 __all__ = ["CACHE_BYTES", "Measured", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from zeroskip.bench.timer import Race, Ratio
-from zeroskip.bench.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
-from zeroskip.install import put_all, thaw
-from zeroskip.machine import available_memory_bytes
-from zeroskip.plan import ModelCheck
+from zeroskip.planning.install import put_all, thaw
+from zeroskip.planning.machine import available_memory_bytes
+from zeroskip.planning.plan import ModelCheck
+from zeroskip.planning.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
 
 __all__ = ["Verdict"]
 

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.candidates import DENSE_FORMATS, Call, Layout, copies_for, format_layout, layouts
-from zeroskip.bench.measure import CACHE_BYTES, bound
 from zeroskip.bench.timer import Race, race
 from zeroskip.formats import names
+from zeroskip.planning.candidates import DENSE_FORMATS, Call, Layout, copies_for, format_layout, layouts
+from zeroskip.planning.measure import CACHE_BYTES, bound
 
 __all__ = ["BreakEven", "break_even", "crossing"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zeroskip.analyze import Analysis
-    from zeroskip.plan import Plan, SitePlan
+    from zeroskip.planning.plan import Plan, SitePlan
 
 __all__ = ["analysis_table", "human_bytes", "plan_table", "table"]
 

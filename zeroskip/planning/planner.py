@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.candidates import NAMES, allowed_values
-from zeroskip.bench.choose import Choice, choose
-from zeroskip.bench.measure import Measured, measure
 from zeroskip.errors import ZeroskipError
-from zeroskip.install import weights_of
 from zeroskip.model import Site, select_sites
-from zeroskip.plan import SitePlan
-from zeroskip.tokens import Tokens
-from zeroskip.zeros import Zeros, find_zeros
+from zeroskip.planning.candidates import NAMES, allowed_values
+from zeroskip.planning.choose import Choice, choose
+from zeroskip.planning.install import weights_of
+from zeroskip.planning.measure import Measured, measure
+from zeroskip.planning.plan import SitePlan
+from zeroskip.planning.tokens import Tokens
+from zeroskip.planning.zeros import Zeros, find_zeros
 
 __all__ = ["Planner", "check_weights", "plannable", "site_plan"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zeroskip import ops
 from zeroskip.bench.dense import rivals
-from zeroskip.dense import OneDnnLinear
+from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack
 from zeroskip.nn import PackedLinear

@@ -12,8 +12,8 @@ from torch import nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import names
-from zeroskip.machine import Machine
-from zeroskip.tokens import Tokens
+from zeroskip.planning.machine import Machine
+from zeroskip.planning.tokens import Tokens
 
 __all__ = ["ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
 
@@ -232,7 +232,7 @@ class Plan:
             raise ZeroskipError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
-        from zeroskip.report import plan_table
+        from zeroskip.planning.report import plan_table
 
         return plan_table(self)
 
