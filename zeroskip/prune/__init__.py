@@ -3,6 +3,7 @@
 from zeroskip.prune.random import Random  # isort: skip
 from zeroskip.prune.magnitude import Magnitude  # isort: skip
 from zeroskip.prune.wanda import Wanda  # isort: skip
+from zeroskip.prune.obs import Obs  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver, methods
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
@@ -13,6 +14,7 @@ __all__ = [
     "LeastSquares",
     "Magnitude",
     "Method",
+    "Obs",
     "Pattern",
     "Problem",
     "Random",

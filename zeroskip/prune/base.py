@@ -65,6 +65,10 @@ class Method:
     def __init_subclass__(cls) -> None:
         Method.known[cls.name] = cls
 
+    def serves(self, pattern: Pattern) -> bool:
+        """Whether the method can choose zeros of this pattern."""
+        return True
+
     def score(self, problem: Problem) -> Tensor:
         """Return [out, in] fp32, the larger the more worth keeping."""
         raise NotImplementedError

@@ -55,6 +55,10 @@ def read_plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> Plan:
         raise ZeroskipError(f"seed is {settings['seed']!r}: give an integer")
     composition = Recipe.parse(settings["method"])
     pattern = Pattern.parse(settings["pattern"])
+    if not composition.method.serves(pattern):
+        raise ZeroskipError(
+            f"method {composition.name!r} cannot serve pattern {pattern.name!r}: take another of either"
+        )
     settings["sparsity"] = _sparsity(settings["sparsity"], pattern)
     return Plan(settings, composition, pattern, settings["sparsity"])
 
