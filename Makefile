@@ -15,7 +15,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --con
 # The packages that a list of pyproject.toml names: $(call listed,project.dependencies)
 listed  = $$($(BIN)/python tools/requirements.py $(1))
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
-           $(shell find zeroskip csrc cmake -name __pycache__ -prune -o -print 2>/dev/null)
+           $(shell find src csrc cmake -name __pycache__ -prune -o -print 2>/dev/null)
 
 .PHONY: demo test lint wheel clean
 .NOTPARALLEL:
