@@ -190,10 +190,13 @@ def test_bench_kernels_gives_a_time_only_to_right_results(monkeypatch, tmp_path)
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_there(tmp_path):
+def test_a_model_that_is_not_there(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "no such directory" in refused("prune", tmp_path / "absent", tmp_path / "out", "--method", "magnitude")
     assert "no such directory" in refused("compile", "./absent", tmp_path / "out")
-    assert "cannot be loaded" in refused("analyze", "nobody/nothing", env={"HF_HUB_OFFLINE": "1"})
+    assert "cannot be loaded" in refused("analyze", "nobody/nothing")
     assert not (tmp_path / "out").exists()
 
 
