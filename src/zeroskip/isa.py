@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 
 from zeroskip import _core
@@ -37,11 +38,25 @@ def isa() -> Isa:
 
 
 def limit_to_environment() -> None:
-    """Obey ZEROSKIP_ISA; an unknown or unavailable row raises ZeroskipError naming what this CPU offers."""
+    """Obey ZEROSKIP_ISA; an unknown or unavailable row raises ZeroskipError naming what this CPU offers.
+
+    This runs when the package is imported, before the command line can catch anything; there the error is one line
+    and exit code 2, as everywhere.
+    """
     wanted = os.environ.get(VARIABLE)
     if not wanted or _core.isa_limit(wanted):
         return
     here = isa()
     lack = here.unavailable.get(wanted)
     reason = f"this CPU lacks {lack}" if lack else "there is no such row"
-    raise ZeroskipError(f"{VARIABLE}={wanted}: {reason}; this CPU offers {' '.join(here.available)}")
+    error = ZeroskipError(f"{VARIABLE}={wanted}: {reason}; this CPU offers {' '.join(here.available)}")
+    if _is_command_line():
+        sys.stderr.write(f"zeroskip: {error}\n")
+        raise SystemExit(2)
+    raise error
+
+
+def _is_command_line() -> bool:
+    """Whether this process was started as `zeroskip ...` or `python -m zeroskip ...`."""
+    words = sys.orig_argv
+    return os.path.basename(sys.argv[0]) == "zeroskip" or ("-m" in words and words[words.index("-m") + 1] == "zeroskip")
