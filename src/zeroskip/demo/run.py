@@ -96,7 +96,7 @@ def run(
 
     clock("pruning")
     reference = copy.deepcopy(dense)
-    calibration = task.tokenized(tokenizer, split.calibration)
+    calibration = task.tokenized(tokenizer, split.calibration, batch_size=16)
     report = prune(reference, METHOD, pattern=PATTERN, calibration=calibration, seed=seed)
     clock("compiling")
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
