@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zeroskip.demo.data import Split
-from zeroskip.demo.measure import Speeds
+from zeroskip.demo.measure import Speed, Speeds
 from zeroskip.demo.task import Recall
 from zeroskip.planning.machine import Machine
 from zeroskip.planning.plan import Plan
@@ -126,9 +126,15 @@ def _speed_table(speeds: Speeds) -> list[str]:
         cells = [kind]
         for size in sizes:
             row = found.get((kind, size))
-            cells += ["-", "-"] if row is None else [f"{row.sentences_per_second:.1f}", f"{row.ratio:.2f}"]
+            cells += ["-", "-"] if row is None else [f"{row.sentences_per_second:.1f}", _ratio(row)]
         body.append(cells)
+    if any(row.rounds == 1 for row in speeds.rows):
+        body.append(["(~ called once only: too far behind)", *[""] * (len(head) - 1)])
     return [*table(head, body), *(f"not timed: {kind}: {why}" for kind, why in speeds.missing.items())]
+
+
+def _ratio(row: Speed) -> str:
+    return f"~{row.ratio:.2f}" if row.rounds == 1 else f"{row.ratio:.2f}"
 
 
 def _paid(speeds: Speeds, packed: int) -> str:
