@@ -14,8 +14,8 @@ import torch
 from cli_models import shorten_races, write_decoder, write_encoder
 from typer.testing import CliRunner
 
-from zeroskip.cli import app
-from zeroskip.cli.info import cpu_limit, openmp_runtimes
+from zeroskip.cli import app, process
+from zeroskip.cli.process import cpu_limit, openmp_runtimes
 from zeroskip.cli.terminal import progress
 
 COMMANDS = ["info", "analyze", "prune", "compile", "run", "bench kernels", "demo"]
@@ -455,6 +455,18 @@ def test_cpu_limit_of_both_kinds_of_control_groups(tmp_path):
     (job / "cpu.cfs_quota_us").write_text("-1\n")
     assert cpu_limit(tmp_path / "root", mine) is None
     assert cpu_limit(tmp_path, tmp_path / "absent") is None
+
+
+def test_a_container_s_limit_is_honoured(monkeypatch):
+    monkeypatch.setattr(process, "cpu_limit", lambda: 2.5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(4)
+    process.honour_cpu_limit()
+    assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    torch.set_num_threads(4)
+    process.honour_cpu_limit()
+    assert torch.get_num_threads() == 4
 
 
 def test_openmp_runtimes_are_counted_by_file(tmp_path):

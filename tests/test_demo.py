@@ -247,3 +247,12 @@ def test_speeds_of_a_random_encoder(tmp_path, monkeypatch):
     assert found.best_dense[2] in kinds - {OURS}
     assert next(row.ratio for row in found.rows if row.kind == found.best_dense[2]) == 1.0
     assert found.ours(2).is_ours and found.ours(2).sentences_per_second > 0
+
+
+def test_the_faster_kind_of_torch_is_always_compiled():
+    from zeroskip.demo.measure import _to_compile
+
+    once = {"torch fp32": 3.0, "torch bf16": 9.0, "oneDNN prepacked fp32": 1.0, "our dense fp32": 2.0}
+    once |= {"our dense bf16": 1.5, OURS: 0.5}
+    assert set(_to_compile(once, 2.0)) == {"torch fp32", "our dense bf16", OURS}
+    assert set(_to_compile(once, 10.0)) == {"torch fp32", "torch bf16", "our dense bf16", OURS}

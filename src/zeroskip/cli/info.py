@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from zeroskip.cli.process import cpu_limit, openmp_runtimes
 from zeroskip.cli.terminal import Json, command, say, step, write_json
 
-__all__ = ["cpu_limit", "info", "openmp_runtimes"]
-
-OPENMP = re.compile(r"/(lib(?:g|i|)omp[\d\w.-]*\.so[\d.]*)$")
+__all__ = ["info"]
 
 
 @command("info", "zeroskip info --json machine.json")
@@ -60,53 +58,6 @@ def collect(roofline: bool) -> dict[str, Any]:
         with step("measuring the roofline"):
             facts["roofline"] = measure_roofline().to_dict()
     return facts
-
-
-def cpu_limit(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return how many CPUs the container allows, None if as many as there are.
-
-    Reads version 2 of control groups (`cpu.max`) and version 1 (`cpu.cfs_quota_us`), in this process's group and its
-    parents, of which the tightest counts.
-    """
-    try:
-        lines = mine.read_text().splitlines()
-    except OSError:
-        return None
-    found: list[float] = []
-    for line in lines:
-        _, kinds, name = line.split(":", 2)
-        if kinds and "cpu" not in kinds.split(","):
-            continue
-        base = root / "cpu" if kinds else root
-        group = base / name.lstrip("/")
-        for folder in (group, *group.parents):
-            quota = _quota(folder)
-            if quota is not None:
-                found.append(quota)
-            if folder == base:
-                break
-    return min(found, default=None)
-
-
-def _quota(folder: Path) -> float | None:
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{part}_us").read_text().strip() for part in ("quota", "period"))
-        return None if quota in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def openmp_runtimes(maps: Path = Path("/proc/self/maps")) -> list[str]:
-    """Return the OpenMP runtimes that this process has loaded, each file once."""
-    try:
-        lines = maps.read_text().splitlines()
-    except OSError:
-        return []
-    paths = {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6}
-    return sorted(path for path in paths if OPENMP.search(path))
 
 
 def _warnings(limit: float | None, runtimes: list[str], threads: int) -> list[str]:

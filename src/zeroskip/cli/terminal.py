@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from zeroskip.cli.process import honour_cpu_limit
 from zeroskip.errors import ZeroskipError
 
 __all__ = ["Command", "Json", "app", "command", "interrupted", "main", "progress", "say", "step", "write_json"]
@@ -45,6 +46,7 @@ app = typer.Typer(
 def _root() -> None:
     level = logging.INFO if os.environ.get("ZEROSKIP_DEBUG") else logging.ERROR
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    honour_cpu_limit()
     # The progress is ours: transformers' own bars and advice would stand between its lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -152,7 +154,7 @@ def _plain_progress(what: str) -> Iterator[Advance]:
         nonlocal said
         if time.monotonic() - said >= PLAIN_SECONDS:
             said = time.monotonic()
-            typer.echo(f"{what}: {done} of {total} {detail}".rstrip(), err=True)
+            typer.echo(f"{what}: {said - started:.0f} s, {done} of {total} {detail}".rstrip(), err=True)
 
     yield advance
     typer.echo(f"{what}: done in {time.monotonic() - started:.1f} s", err=True)

@@ -126,8 +126,9 @@ def measure(
     for size, batch in inputs.items():
         note(f"batch {size}: eager")
         entries, once = _agreeing({name: eager(model) for name, model in models.items()}, batch, truths[size], speeds)
-        near = [name for name in once if name == OURS or once[name] <= BEHIND * min(once.values())]
-        for name in _to_compile(once, near) if compile_models else ():
+        limit = BEHIND * min(once[name] for name in _dense(once))
+        near = [name for name in once if name == OURS or once[name] <= limit]
+        for name in _to_compile(once, limit) if compile_models else ():
             note(f"batch {size}: compiling {name}")
             try:
                 entry = compiled(models[name], batch)
@@ -143,15 +144,18 @@ def measure(
     return speeds
 
 
-def _to_compile(once: Mapping[str, float], near: Iterable[str]) -> list[str]:
+def _to_compile(once: Mapping[str, float], limit: float) -> list[str]:
     """The kinds worth compiling, which is what takes longest here.
 
-    torch.compile with freezing prepacks for oneDNN by itself, so that kind is not compiled twice; our dense kernels
-    are the same call compiled as eager, so the slower of them cannot overtake the faster.
+    Of torch's and of our dense kinds the faster one always, others if they are near. torch.compile with freezing
+    prepacks for oneDNN by itself, so that kind is not compiled twice; our dense kernels are the same call compiled as
+    eager, so the slower of them cannot overtake the faster.
     """
-    own = [name for name in once if name.startswith("our dense")]
-    best = min(own, key=lambda name: once[name], default=None)
-    return [name for name in near if name == best or not name.startswith(("oneDNN", "our dense"))]
+    chosen = [OURS] if OURS in once else []
+    for kind in ("torch", "our dense"):
+        found = sorted((name for name in once if name.startswith(kind)), key=lambda name: once[name])
+        chosen += [name for name in found if name == found[0] or (kind == "torch" and once[name] <= limit)]
+    return chosen
 
 
 def _dense(names: Iterable[str]) -> list[str]:
