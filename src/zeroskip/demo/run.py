@@ -97,18 +97,18 @@ def run(
     clock("pruning")
     reference = copy.deepcopy(dense)
     calibration = task.tokenized(tokenizer, split.calibration, batch_size=16)
-    report = prune(reference, METHOD, pattern=PATTERN, calibration=calibration, seed=seed)
+    report = prune(reference, METHOD, pattern=PATTERN, calibration=calibration, seed=seed, progress=clock.part)
     clock("compiling")
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
     sparse = copy.deepcopy(reference).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     longest = max(batch["input_ids"].numel() for batch in inputs.values())
-    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16")
+    sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16", progress=clock.part)
     clock("quality of sparse")
     quality_sparse = task.recall(sparse, tokenizer, split.pairs)
     clock("speed")
     speeds = None
     if speed:
-        speeds = measure(dense, sparse, reference, dtype, inputs, lambda what: progress(6, PHASES, what))
+        speeds = measure(dense, sparse, reference, dtype, inputs, clock.detail)
     clock("storing")
     sizes = _sizes(dense, sparse, source, out, tokenizer)
     clock.stop()
@@ -141,6 +141,14 @@ class _Clock:
         self.stop()
         self.current, self.started = phase, time.perf_counter()
         self.progress(len(self.seconds), PHASES, phase)
+
+    def detail(self, what: str) -> None:
+        """Tell more of the phase that runs."""
+        self.progress(len(self.seconds), PHASES, f"{self.current}: {what}")
+
+    def part(self, done: int, total: int, name: str) -> None:
+        """Tell how far the phase that runs has come."""
+        self.detail(f"{done} of {total} {name}")
 
     def stop(self) -> None:
         if self.current:
