@@ -3,6 +3,8 @@
 from zeroskip.prune.random import Random  # isort: skip
 from zeroskip.prune.magnitude import Magnitude  # isort: skip
 from zeroskip.prune.wanda import Wanda  # isort: skip
+from zeroskip.prune.sparsegpt import SparseGPT  # isort: skip
+from zeroskip.prune.admm import Admm  # isort: skip
 from zeroskip.prune.obs import Obs  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver, methods
 from zeroskip.prune.ls import LeastSquares
@@ -11,6 +13,7 @@ from zeroskip.prune.report import Report
 from zeroskip.prune.run import prune
 
 __all__ = [
+    "Admm",
     "LeastSquares",
     "Magnitude",
     "Method",
@@ -21,6 +24,7 @@ __all__ = [
     "Report",
     "Solution",
     "Solver",
+    "SparseGPT",
     "Wanda",
     "methods",
     "prune",

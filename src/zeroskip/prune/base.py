@@ -130,6 +130,9 @@ class Recipe:
     def run(self, problem: Problem) -> tuple[Solution, Solution]:
         """Return (after the method, after the solvers)."""
         first = last = self.method.run(problem)
+        if bool(first.keep.all()):  # nothing went, so nothing need be made up for, nor rounded on the way
+            first = Solution(first.keep, problem.weight, first.notes)
+            return first, first
         for solver in self.solvers:
             last = solver.refine(problem, last)
         return first, last

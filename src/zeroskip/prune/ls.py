@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zeroskip.prune.base import Problem, Solution, Solver
+from zeroskip.prune.numerics import cholesky, precision, unit_gram
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +33,16 @@ class LeastSquares(Solver):
     needs = ("gram",)
 
     def refine(self, problem: Problem, solution: Solution) -> Solution:
-        gram = problem.stats["gram"]
-        scale = gram.diagonal().sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)  # a dead input: its row of G is zero, so its weights stay
-        unit = gram / scale / scale.unsqueeze(1)
+        unit, scale = unit_gram(problem.stats["gram"])  # a dead input: its row of G is zero, so its weights stay
         lost = (problem.weight - solution.weight) * scale
         solve = by_strips if problem.pattern.rows > 1 else by_rows
-        change, notes = solve(unit, lost, solution.keep, RIDGE, problem.pattern.rows)
-        for note in notes:
-            log.warning("%s: %s", problem.name, note)
+        change, notes = solve(unit, lost, solution.keep, RIDGE, problem.pattern.rows, problem.name)
         return Solution(solution.keep, solution.weight + change / scale, solution.notes + notes)
 
 
-def by_strips(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int) -> tuple[Tensor, list[str]]:
+def by_strips(
+    unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int, name: str = ""
+) -> tuple[Tensor, list[str]]:
     """Solve strip by strip; the rows of a strip share their support.
 
     Parameters
@@ -58,6 +56,8 @@ def by_strips(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int)
     ridge : float
     rows : int
         Height of a strip.
+    name : str
+        For the log.
 
     Returns
     -------
@@ -69,25 +69,17 @@ def by_strips(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int)
     pull = lost @ unit
     for top in range(0, len(lost), rows):
         on = keep[top].nonzero().squeeze(1)
-        matrix = unit[on][:, on].double()
-        factor, used = _factor(matrix, ridge)
-        if used != ridge:
-            notes.append(f"ridge raised to {used:g} in rows {top}..{min(top + rows, len(lost)) - 1}: Cholesky failed")
-        right = pull[top : top + rows, on].double().t()
+        matrix = unit[on][:, on].to(precision(len(on)))
+        factor, raised = cholesky(matrix, ridge, f"{name} rows {top}..{min(top + rows, len(lost)) - 1}")
+        notes += raised
+        right = pull[top : top + rows, on].to(matrix.dtype).t()
         change[top : top + rows, on] = torch.cholesky_solve(right, factor).t().to(change.dtype)
     return change, notes
 
 
-def _factor(matrix: Tensor, ridge: float) -> tuple[Tensor, float]:
-    while True:
-        shifted = matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed or ridge >= 1:
-            return factor, ridge
-        ridge = min(10 * ridge, 1.0)
-
-
-def by_rows(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int = 1) -> tuple[Tensor, list[str]]:
+def by_rows(
+    unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int = 1, name: str = ""
+) -> tuple[Tensor, list[str]]:
     """As `by_strips` where every row has its own support: conjugate gradients on all rows at once."""
     mask = keep.to(lost.dtype)
     residual = (lost @ unit) * mask
@@ -107,4 +99,6 @@ def by_rows(unit: Tensor, lost: Tensor, keep: Tensor, ridge: float, rows: int = 
         grown = torch.where(running, size / before, 0.0).unsqueeze(1)
         direction.mul_(grown).add_(residual)
     worst = float((size / goal.clamp_min(1e-38)).max().sqrt() * TOLERANCE)
-    return change, [f"conjugate gradients stopped after {STEPS} steps with a residual of {worst:.1g}"]
+    note = f"conjugate gradients stopped after {STEPS} steps with a residual of {worst:.1g}"
+    log.warning("%s: %s", name, note)
+    return change, [note]

@@ -5,27 +5,28 @@ With H = G + lambda diag(G) and w the strip's rows, removing column j costs
     sum over rows w_j^2 / [H^-1]_jj,   and the rest moves by   w <- w - w_j [H^-1]_j: / [H^-1]_jj,
 
 after which column j leaves H^-1 by one rank-one update. Unlike a sum of Wanda scores, this sees that two columns that
-say the same are not both needed. A group of M never falls below its N. All strips of a slice go in step: each has its
-own H^-1, k^2 floats, and every one of the k (1 - N/M) steps reads and writes it once, so a strip costs about
-8 k^3 (1 - N/M) bytes of memory traffic; slices hold at most 256 MB.
+say the same are not both needed. A group of M never falls below its N; unstructured, every row is a strip of its own.
+All strips of a slice go in step: each has its own H^-1, and every removal reads and writes what is left of it. So a
+strip costs about 8 k^3 bytes of memory traffic times (1 - density^3) / 3; columns that are gone are dropped from the
+arrays now and then. Slices hold at most 16 MB.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
-from zeroskip.prune.patterns import NM, Pattern
+from zeroskip.prune.numerics import inverse, unit_gram
+from zeroskip.prune.patterns import NM, Block, Pattern
 
 RIDGE = 0.01
-SLICE_BYTES = 256 << 20
+SLICE_BYTES = 16 << 20
+PART = 8  # arrays are compacted each time an eighth of their columns is gone
 
 
 class Obs(Method):
-    """Serves N:M and N:M@V.
+    """Serves N:M, N:M@V, unstructured and blocks of one column; the last two with equal counts in all strips.
 
     Source: group Optimal Brain Surgeon (Hassibi and Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580); ours
     removes whole columns of a strip under the N:M bound.
@@ -35,64 +36,123 @@ class Obs(Method):
     needs = ("gram",)
 
     def serves(self, pattern: Pattern) -> bool:
-        return isinstance(pattern, NM)
+        return isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.width == 1)
 
     def run(self, problem: Problem) -> Solution:
-        pattern = cast(NM, problem.pattern)
+        pattern = problem.pattern
         rows, k = problem.weight.shape
-        gram = problem.stats["gram"]
-        scale = gram.diagonal().sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
-        unit = (gram / scale / scale.unsqueeze(1)).double()
-        inverse = torch.linalg.inv(unit + RIDGE * torch.eye(k, dtype=unit.dtype, device=unit.device)).float()
+        unit, scale = unit_gram(problem.stats["gram"])
+        start, notes = inverse(unit, RIDGE, problem.name)
 
         height = pattern.rows
         padded = torch.nn.functional.pad(problem.weight * scale, (0, 0, 0, -rows % height))
-        strips = padded.view(-1, height, k).clone()
-        kept = torch.empty(len(strips), k, dtype=torch.bool, device=strips.device)
+        strips = padded.view(-1, height, k)
+        if isinstance(pattern, NM):
+            steps, rest = k // pattern.of * (pattern.of - pattern.kept), 0
+        else:
+            steps, rest = divmod(round(len(strips) * k * problem.sparsity), len(strips))
         each = max(1, SLICE_BYTES // (4 * k * k))
-        for first in range(0, len(strips), each):
-            part = slice(first, first + each)
-            kept[part] = _remove(strips[part], inverse.repeat(len(strips[part]), 1, 1), pattern)
+        parts = [_Strips(part, start, pattern) for part in torch.split(strips, each)]
+        ends = [part.remove(steps, bool(rest)) for part in parts]
+        moved, kept = (torch.cat(tensors) for tensors in zip(*(end[:2] for end in ends), strict=True))
+        if rest:  # the strips whose next column costs least lose one more
+            further, fewer, cost = (torch.cat(tensors) for tensors in zip(*(end[2:] for end in ends), strict=True))
+            extra = cost.argsort(stable=True)[:rest]
+            moved[extra], kept[extra] = further[extra], fewer[extra]
         keep = kept.repeat_interleave(height, 0)[:rows]
-        weight = strips.view(-1, k)[:rows] / scale
-        return Solution(keep, weight.masked_fill(~keep, 0.0))
+        weight = moved.view(-1, k)[:rows] / scale
+        return Solution(keep, weight.masked_fill(~keep, 0.0), notes)
 
 
-def _remove(strips: Tensor, inverse: Tensor, pattern: NM) -> Tensor:
-    """Remove columns until every group of M is down to N.
+class _Strips:
+    """A slice of strips that lose their columns in step.
 
-    Parameters
+    Attributes
     ----------
-    strips : Tensor
-        [strips, rows, k] the weights, in units where G has a unit diagonal; changed in place.
+    weight : Tensor
+        [strips, rows, left] what is left, in units where G has a unit diagonal.
     inverse : Tensor
-        [strips, k, k] H^-1 of each strip; changed in place.
-
-    Returns
-    -------
-    Tensor
-        [strips, k] bool, the columns that are kept.
+        [strips, left, left] H^-1 of each strip over the same columns.
+    index : Tensor
+        [strips, left] int64 which columns they are.
+    alive : Tensor
+        [strips, left] bool, False for columns that went since the arrays were compacted.
     """
-    count, _, k = strips.shape
-    every = torch.arange(count, device=strips.device)
-    group = torch.arange(k, device=strips.device) // pattern.of
-    left = torch.full((count, k // pattern.of), pattern.of, device=strips.device)
-    kept = torch.ones(count, k, dtype=torch.bool, device=strips.device)
-    for _ in range(k // pattern.of * (pattern.of - pattern.kept)):
-        pivots = inverse.diagonal(dim1=1, dim2=2)
-        free = kept & (left > pattern.kept)[:, group]
-        cost = (strips.square().sum(1) / pivots).masked_fill(~free, torch.inf)
-        column = cost.argmin(1)
-        line = inverse[every, column]
+
+    def __init__(self, weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
+        count, _, k = weight.shape
+        self.k = k
+        self.start = inverse
+        self.weight = weight.clone()
+        self.index = torch.arange(k, device=weight.device).repeat(count, 1)
+        self.alive = torch.ones_like(self.index, dtype=torch.bool)
+        self.every = torch.arange(count, device=weight.device)
+        self.nm = pattern if isinstance(pattern, NM) else None
+        of = self.nm.of if self.nm is not None else k
+        self.room = torch.full((count, k // of), of, device=weight.device)  # alive columns of each group
+
+    def remove(self, steps: int, further: bool) -> tuple[Tensor, ...]:
+        """Remove `steps` columns of every strip.
+
+        Returns
+        -------
+        tuple of Tensor
+            [strips, rows, k] weights and [strips, k] bool what is kept; with `further` the same after one more column,
+            and its cost, [strips].
+        """
+        self.inverse = self.start.repeat(len(self.every), 1, 1)
+        until = 0
+        for step in range(steps):
+            if step >= until:
+                self._compact()
+                until = step + max(1, self.weight.shape[2] // PART)
+            self._step()
+        ended: tuple[Tensor, ...] = self._whole()
+        if further:
+            cost = self._step()
+            ended = (*ended, *self._whole(), cost)
+        del self.inverse
+        return ended
+
+    def _step(self) -> Tensor:
+        """Remove the cheapest column of every strip; return its cost, [strips]."""
+        every, alive = self.every, self.alive
+        if self.nm is not None:
+            group = self.index // self.nm.of
+            free = alive & (self.room.gather(1, group) > self.nm.kept)
+        else:
+            free = alive
+        losses = self.weight.square().sum(1) / self.inverse.diagonal(dim1=1, dim2=2)
+        cost, column = losses.masked_fill(~free, torch.inf).min(1)
+        line = self.inverse[every, column]
         line = line / line[every, column].sqrt().unsqueeze(1)
-        pull = strips[every, :, column] / line[every, column].unsqueeze(1)
-        strips.baddbmm_(pull.unsqueeze(2), line.unsqueeze(1), alpha=-1)
-        inverse.baddbmm_(line.unsqueeze(2), line.unsqueeze(1), alpha=-1)
-        strips[every, :, column] = 0.0
-        inverse[every, column] = 0.0
-        inverse[every, :, column] = 0.0
-        inverse[every, column, column] = 1.0
-        kept[every, column] = False
-        left[every, group[column]] -= 1
-    return kept
+        pull = self.weight[every, :, column] / line[every, column].unsqueeze(1)
+        self.weight.baddbmm_(pull.unsqueeze(2), line.unsqueeze(1), alpha=-1)
+        self.inverse.baddbmm_(line.unsqueeze(2), line.unsqueeze(1), alpha=-1)
+        self.weight[every, :, column] = 0.0
+        self.inverse[every, column] = 0.0
+        self.inverse[every, :, column] = 0.0
+        self.inverse[every, column, column] = 1.0
+        alive[every, column] = False
+        if self.nm is not None:
+            self.room[every, group[every, column]] -= 1
+        return cost
+
+    def _compact(self) -> None:
+        if bool(self.alive.all()):
+            return
+        count, rows, _ = self.weight.shape
+        on = self.alive.nonzero()[:, 1].view(count, -1)
+        left = on.shape[1]
+        self.weight = self.weight.gather(2, on.unsqueeze(1).expand(-1, rows, -1))
+        lines = self.inverse.gather(1, on.unsqueeze(2).expand(-1, -1, self.inverse.shape[2]))
+        self.inverse = lines.gather(2, on.unsqueeze(1).expand(-1, left, -1))
+        self.index = self.index.gather(1, on)
+        self.alive = self.alive.new_ones(count, left)
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        count, rows, _ = self.weight.shape
+        weight = self.weight.new_zeros(count, rows, self.k)
+        weight.scatter_(2, self.index.unsqueeze(1).expand(-1, rows, -1), self.weight)
+        kept = self.alive.new_zeros(count, self.k).scatter_(1, self.index, self.alive)
+        return weight, kept
