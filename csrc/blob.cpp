@@ -34,7 +34,14 @@ std::string check_header(const Header& header, uint64_t nbytes) {
   if (header.m == 0 || header.k == 0 || header.m > 0x7FFFFFFF || header.k > 0x7FFFFFFF ||
       static_cast<uint64_t>(header.m) * header.k >> 48)
     return "impossible shape " + std::to_string(header.m) + " x " + std::to_string(header.k);
-  if (header.values != 1 && header.values != 2) return "unknown value type " + std::to_string(header.values);
+  if (header.values < 1 || header.values > 4) return "unknown value type " + std::to_string(header.values);
+  const bool integers = header.values >= static_cast<uint8_t>(Values::int8);
+  if (integers ? header.group_size != 32 && header.group_size != 64 && header.group_size != 128
+               : header.group_size != 0)
+    return "impossible group size " + std::to_string(header.group_size);
+  if (integers ? header.scales != static_cast<uint8_t>(Type::fp32) && header.scales != static_cast<uint8_t>(Type::fp16)
+               : header.scales != 0)
+    return "unknown type of scales " + std::to_string(header.scales);
   if (header.sections > kMaxSections) return "too many sections: " + std::to_string(header.sections);
   if (header.nnz > static_cast<uint64_t>(header.m) * header.k)
     return "more non-zeros (" + std::to_string(header.nnz) + ") than weights";

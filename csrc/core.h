@@ -6,8 +6,8 @@
 
 namespace zs {
 
-enum class Values : uint8_t { fp32 = 1, bf16 = 2 };          // type of the stored weights
-enum class Type : uint8_t { fp32 = 1, bf16 = 2, fp16 = 3 };  // type of x, bias and y
+enum class Values : uint8_t { fp32 = 1, bf16 = 2, int8 = 3, int4 = 4 };  // type of the stored weights
+enum class Type : uint8_t { fp32 = 1, bf16 = 2, fp16 = 3 };              // type of x, y and the scales of integers
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu, relu2 };
 
 constexpr int kMaxSections = 4;
@@ -23,7 +23,9 @@ struct Header {
   uint16_t version;
   uint8_t values, sections;
   uint16_t n, group;
-  uint32_t strip, reserved;
+  uint32_t strip;
+  uint16_t group_size;  // inputs that share a scale; 0 unless the values are integers
+  uint8_t scales, reserved;
 };
 static_assert(sizeof(Header) == 64, "the header is one cache line");
 

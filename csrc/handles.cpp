@@ -23,7 +23,8 @@ std::unordered_map<std::string, std::vector<Bucket>> tuning;
 std::string key_of(const Header& h) {
   const int step = h.nnz ? static_cast<int>(std::lround(std::log(static_cast<double>(h.nnz)) / std::log(1.02))) : -1;
   std::string key(h.format, 8);
-  for (uint32_t part : {uint32_t(h.values), h.m, h.k, uint32_t(h.n), uint32_t(h.group), h.strip, uint32_t(step)})
+  for (uint32_t part : {uint32_t(h.values), h.m, h.k, uint32_t(h.n), uint32_t(h.group), h.strip, uint32_t(h.group_size),
+                        uint32_t(h.scales), uint32_t(step)})
     key += ':' + std::to_string(part);
   return key;
 }

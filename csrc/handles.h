@@ -39,7 +39,8 @@ std::shared_ptr<const Handle> validated_handle_of(const uint8_t* blob, uint64_t 
 // The same, but every byte is read again, whatever was seen at this address before.
 std::shared_ptr<const Handle> validate(const uint8_t* blob, uint64_t nbytes);
 
-// From now on these buckets serve every blob of the same key: format, value type, shape, pattern, nnz within 2 %.
+// From now on these buckets serve every blob of the same key: format, value type, shape, pattern, group size and type
+// of the scales, nnz within 2 %.
 void tune(const Header& header, std::vector<Bucket> buckets);
 void forget_tuning();
 

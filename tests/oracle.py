@@ -18,6 +18,7 @@ from zeroskip import _core
 from zeroskip.formats.base import get
 from zeroskip.formats.blob import VALUES
 from zeroskip.ops import ACTIVATIONS
+from zeroskip.quantize import LIMIT, quantize
 
 TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit in the last place
@@ -31,7 +32,7 @@ def cases() -> list[Case]:
     """Every kernel that can run here under the ISA row in force."""
     isa = zs.isa()
     rows = isa.available[: isa.available.index(isa.active) + 1]
-    name = re.compile(rf"spmm_(.+)_({'|'.join(VALUES)})_({'|'.join(rows)})")
+    name = re.compile(rf"spmm_(.+)_({'|'.join([*VALUES, *LIMIT])})_({'|'.join(rows)})")
     found = [(match[1], match[2], match[0]) for each in _core.all_kernels() if (match := name.fullmatch(each))]
     return sorted(found)
 
@@ -72,14 +73,23 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def stored(weight: Tensor, values: str) -> Tensor:
+    """What is left of a weight that is stored as `values`: rounded, and fp32 if these are integers."""
+    return weight.to(VALUES[values]) if values in VALUES else quantize(weight, values).dequantize()
+
+
 def examples(name: str, m: int, k: int, values: str, seed: int = 0, integers: bool = False) -> Iterator[Tensor]:
-    """Weights [m, k] that the format `name` accepts, one for each kind of sparsity."""
+    """Weights [m, k] that the format `name` accepts and stores exactly, one for each kind of sparsity.
+
+    With `integers` they are whole numbers below 4; where the values are integers too, they need scales of 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for sparsify in SPARSIFIERS.values():
         weight = torch.randn(m, k, generator=generator)
         if integers:
             weight = torch.randint(1, 4, (m, k), generator=generator) * weight.sign()
-        weight = torch.where(sparsify(m, k, generator), weight, 0.0).to(VALUES[values])
+        weight = torch.where(sparsify(m, k, generator), weight, 0.0)
+        weight = weight if integers and values in LIMIT else stored(weight, values)
         if get(name).accepts(weight) is None:
             yield weight
 
@@ -104,12 +114,18 @@ def activate(z: Tensor, activation: str) -> Tensor:
 
 
 def expect(
-    weight: Tensor, x: Tensor, bias: Tensor | None = None, activation: str = "none", kernel: str = ""
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    kernel: str = "",
+    group_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """y [tokens, m] in float64, and how far each element may be off.
 
     A sum of n terms may be off by 2 n eps (|W| |x|); a kernel of the row `amx` may round x to bf16 first; y is rounded
-    to its type. The activations are good to 1e-6 |z|.
+    to its type. The activations are good to 1e-6 |z|. A kernel of integers rounds x to 127 steps of the largest in its
+    group of inputs.
     """
     w, a = weight.double(), x.double()
     z, size = a @ w.T, a.abs() @ w.abs().T
@@ -117,6 +133,8 @@ def expect(
     if kernel.endswith("_bf16_amx") and x.dtype != torch.bfloat16:
         eps = eps + EPS[torch.bfloat16]
     off = eps * size
+    if re.search(rf"_({'|'.join(LIMIT)})_", kernel):
+        off = off + 1.0001 * _groups(a, group_size).amax(2) / 254 @ _groups(w, group_size).sum(2).T
     if bias is not None:
         z = z + bias.double()
         off = off + 2 * EPS[torch.float32] * (size + bias.double().abs())
@@ -126,6 +144,10 @@ def expect(
     elif activation != "none":
         off = 1.2 * off + 1e-6 * z.abs()
     return y, off * 1.01 + (EPS[x.dtype] + EPS[torch.float32]) * (y.abs() + off) + TINY[x.dtype]
+
+
+def _groups(matrix: Tensor, size: int) -> Tensor:
+    return F.pad(matrix.abs(), (0, -matrix.shape[1] % size)).view(len(matrix), -1, size)
 
 
 def call(
@@ -152,9 +174,9 @@ def call(
 
 
 def verify(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, activation: str = "none",
-           kernel: str = "") -> None:  # fmt: skip
+           kernel: str = "", group_size: int = 64) -> None:  # fmt: skip
     """Assert that every element of y is within the bound."""
-    expected, bound = expect(weight, x, bias, activation, kernel)
+    expected, bound = expect(weight, x, bias, activation, kernel, group_size)
     off = (y.double() - expected).abs()
     bad = ~(off <= bound)  # NaN is bad
     if bad.any():

@@ -4,6 +4,7 @@ namespace zs {
 
 const char* check_bitmask(const Weight& weight) {
   const Header& header = weight.header;
+  if (header.group_size) return "stores no integers";
   if (header.sections != 3) return "expected three sections: bits, row_offsets, values";
   if (header.nnz > header.nbytes) return "the header promises more non-zeros than the blob has bytes";
   const uint64_t m = header.m, words = bitmask::words(header);

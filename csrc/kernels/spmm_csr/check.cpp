@@ -22,6 +22,7 @@ const char* check_columns(const Weight& weight) {
 
 const char* check_csr(const Weight& weight) {
   const Header& header = weight.header;
+  if (header.group_size) return "stores no integers";
   if (header.sections != 3) return "expected three sections: row_offsets, columns, values";
   if (header.nnz > header.nbytes) return "the header promises more non-zeros than the blob has bytes";
   const bool narrow = csr::narrow(header);

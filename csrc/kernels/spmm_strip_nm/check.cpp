@@ -5,6 +5,7 @@ namespace zs {
 const char* check_strip_nm(const Weight& weight) {
   const Header& header = weight.header;
   const auto values = static_cast<Values>(header.values);
+  if (header.group_size) return "stores no integers";
   if (header.sections != 2) return "expected two sections: columns, values";
   if (header.group == 0 || kChunk % header.group) return "M does not divide 64";
   if (header.n == 0 || header.n > header.group) return "N is not between 1 and M";

@@ -12,6 +12,7 @@ from zeroskip import _core
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import blob as blobs
 from zeroskip.formats.blob import VALUES, Header
+from zeroskip.quantize import LIMIT, Quantized, quantize
 
 __all__ = ["Format", "Packed", "get", "names", "pack", "unpack"]
 
@@ -22,9 +23,15 @@ class Format(ABC):
     """A layout of a weight. A subclass with a `name` registers itself; its kernel is csrc/kernels/spmm_<name>.
 
     The methods are pure: inputs are never modified. `weight` is [m, k], fp32 or bf16, finite, its zeros +0.0.
+
+    Attributes
+    ----------
+    values
+        The value types that it stores. One that names an integer type has `pack_codes` and `unpack_codes`.
     """
 
     name: ClassVar[str]
+    values: ClassVar[tuple[str, ...]] = tuple(VALUES)
 
     def __init_subclass__(cls) -> None:
         _registry[cls.name] = cls()
@@ -40,6 +47,14 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, header: Header, sections: list[Tensor]) -> Tensor:
         """The weight [m, k] in the stored value type, from the uint8 sections of a checked blob."""
+
+    def pack_codes(self, weight: Quantized) -> Tensor:
+        """The blob of a weight given as integers."""
+        raise NotImplementedError(f"{self.name} stores no integers")
+
+    def unpack_codes(self, header: Header, sections: list[Tensor]) -> Quantized:
+        """What `pack_codes` was given, from the uint8 sections of a checked blob."""
+        raise NotImplementedError(f"{self.name} stores no integers")
 
     def pattern(self, header: Header) -> str:
         """The sparsity pattern that the layout guarantees."""
@@ -59,6 +74,8 @@ class Packed:
         (m, k) of the weight.
     nnz, nbytes, sparsity
         Non-zeros, size of the blob in bytes, fraction of zeros.
+    group_size
+        Inputs that share a scale; None unless the values are integers.
     """
 
     def __init__(self, blob: Tensor) -> None:
@@ -70,11 +87,25 @@ class Packed:
         self.nnz, self.nbytes = header.nnz, header.nbytes
         self.sparsity = 1.0 - header.nnz / (header.m * header.k)
         self.pattern = get(header.format).pattern(header)
+        self.group_size = header.group_size or None
 
     @classmethod
     def from_blob(cls, blob: Tensor) -> Packed:
         """Read a blob of any origin; raises ZeroskipError if it is not sound."""
         return cls(blob)
+
+    @property
+    def codes(self) -> Tensor | None:
+        """int8 [m, k], read from the blob; None unless the values are integers."""
+        return self._quantized().codes if self.group_size else None
+
+    @property
+    def scales(self) -> Tensor | None:
+        """fp16 or fp32 [m, ceil(k / group_size)], read from the blob; None unless the values are integers."""
+        return self._quantized().scales if self.group_size else None
+
+    def _quantized(self) -> Quantized:
+        return get(self.format).unpack_codes(self._header, blobs.sections(self.blob))
 
     def kernel_for(self, tokens: int) -> str:
         """The kernel that serves a call with this many tokens in this process."""
@@ -102,16 +133,18 @@ def get(name: str) -> Format:
     return _registry[name]
 
 
-def _value_type(weight: Tensor, values: str | None) -> torch.dtype:
-    if values in ("int8", "int4"):
-        raise ZeroskipError(f"values {values!r} are not stored yet: use 'fp32' or 'bf16'")
-    if values is not None:
-        if values not in VALUES:
-            raise ZeroskipError(f"unknown value type {values!r}{suggest(values, VALUES)}")
-        return VALUES[values]
-    if weight.dtype not in VALUES.values():
-        raise ZeroskipError(f"a weight of {weight.dtype} needs values='fp32' or values='bf16'")
-    return weight.dtype
+def _value_type(weight: Tensor, chosen: Format, values: str | None) -> str:
+    if values is None:
+        own = next((name for name, dtype in VALUES.items() if dtype == weight.dtype), None)
+        if own is None:
+            raise ZeroskipError(f"a weight of {weight.dtype} needs values='fp32' or values='bf16'")
+        return own
+    if values not in (known := [*VALUES, *LIMIT]):
+        raise ZeroskipError(f"unknown value type {values!r}{suggest(values, known)}")
+    if values not in chosen.values:
+        able = ", ".join(name for name in names() if values in get(name).values) or "none yet"
+        raise ZeroskipError(f"format {chosen.name!r} stores no {values} (formats that do: {able})")
+    return values
 
 
 def pack(
@@ -130,9 +163,14 @@ def pack(
     format
         A name of `zeroskip.formats()`.
     values
-        ``"fp32"`` or ``"bf16"``; None keeps the weight's own type (fp16 must choose).
-    group_size, scales
-        For integer values, which are not stored yet.
+        ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``, whichever the format stores (`Format.values`); None keeps
+        the weight's own type (fp16 must choose).
+    group_size
+        For integers: 32, 64 or 128 inputs share a scale; None means 64. The last group may be shorter.
+    scales
+        For integers: ``"fp16"`` or ``"fp32"`` computes them, the largest weight of a row's group over 127 or 7. A
+        tensor [m, ceil(k / group_size)] is used exactly, so that codes of a solver (weight = code * scale) are
+        reproduced.
 
     Raises
     ------
@@ -140,21 +178,26 @@ def pack(
         Not a finite 2-D weight, an unknown name, or a weight that the format cannot hold; the line says why.
     """
     chosen = get(format)
-    dtype = _value_type(weight, values)
-    if group_size is not None:
-        raise ZeroskipError(f"group_size {group_size} is for integer values: leave it out with {values or 'this type'}")
+    values = _value_type(weight, chosen, values)
+    if values in VALUES and (group_size is not None or isinstance(scales, Tensor)):
+        given = "scales" if group_size is None else f"group_size {group_size}"
+        raise ZeroskipError(f"{given} belongs to integer values: leave it out with {values}")
     if weight.dim() != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise ZeroskipError(f"a weight is a non-empty floating-point [m, k], got {weight.dtype} {list(weight.shape)}")
     if weight.device.type != "cpu":
         raise ZeroskipError(f"weights are packed on the CPU, this one is on {weight.device}: call .cpu() first")
-    stored = weight.detach().to(dtype) + 0.0  # -0.0 becomes +0.0
+    stored = weight.detach().to(VALUES.get(values, torch.float32)) + 0.0  # -0.0 becomes +0.0
     if not torch.isfinite(stored).all():
-        raise ZeroskipError(f"the weight has NaN or Inf (as {dtype}): repair it before packing")
+        raise ZeroskipError(f"the weight has NaN or Inf (as {stored.dtype}): repair it before packing")
     if (reason := chosen.accepts(stored)) is not None:
         raise ZeroskipError(f"format {format!r} cannot hold this weight: {reason}")
+    if values in LIMIT:
+        return Packed(chosen.pack_codes(quantize(stored, values, group_size, scales)))
     return Packed(chosen.pack(stored))
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The weight [m, k] in the stored value type, bit-equal to what was packed."""
+    """The weight [m, k]: bit-equal to what was packed, or, of integers, code * scale in fp32."""
+    if packed.group_size:
+        return packed._quantized().dequantize()
     return get(packed.format).unpack(Header.of(packed.blob), blobs.sections(packed.blob))

@@ -14,17 +14,23 @@ from zeroskip.errors import ZeroskipError
 
 __all__ = ["VALUES", "Header", "build", "check", "sections"]
 
-VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CODES = {"fp32": 1, "bf16": 2}
+VALUES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights stored as numbers; the others are codes
+_CODES = {"fp32": 1, "bf16": 2, "int8": 3, "int4": 4}
 _NAMES = {code: name for name, code in _CODES.items()}
-_LAYOUT = struct.Struct("<8s8sIIQQQHBBHHII")
+_SCALES = {"": 0, "fp32": 1, "fp16": 3}
+_SCALE_NAMES = {code: name for name, code in _SCALES.items()}
+_LAYOUT = struct.Struct("<8s8sIIQQQHBBHHIHBB")
 _SECTION = struct.Struct("<QQ")
 _MAGIC, _VERSION, _ALIGNMENT = b"ZEROSKIP", 1, 64
 
 
 @dataclass(frozen=True)
 class Header:
-    """The 64 header bytes. `n`, `group`, `strip` are N, M, V of `strip_nm` and 0 elsewhere."""
+    """The 64 header bytes.
+
+    `n`, `group`, `strip` are N, M, V of `strip_nm` and 0 elsewhere; `group_size` (inputs that share a scale) and
+    `scales` (``"fp16"`` or ``"fp32"``) belong to integer values.
+    """
 
     format: str
     m: int
@@ -37,20 +43,25 @@ class Header:
     nbytes: int = 0
     sections: int = 0
     hash: int = 0
+    group_size: int = 0
+    scales: str = ""
 
     def to_bytes(self) -> bytes:
         return _LAYOUT.pack(
             _MAGIC, self.format.encode(), self.m, self.k, self.nnz, self.nbytes, self.hash, _VERSION,
-            _CODES[self.values], self.sections, self.n, self.group, self.strip, 0,
+            _CODES[self.values], self.sections, self.n, self.group, self.strip, self.group_size,
+            _SCALES[self.scales], 0,
         )  # fmt: skip
 
     @staticmethod
     def of(blob: Tensor) -> Header:
         """Read the header of a blob that `check` has passed."""
-        _, name, m, k, nnz, nbytes, digest, _, values, count, n, group, strip, _ = _LAYOUT.unpack(
-            bytes(blob[:64].numpy())
-        )
-        return Header(name.rstrip(b"\0").decode(), m, k, nnz, _NAMES[values], n, group, strip, nbytes, count, digest)
+        raw = bytes(blob[:64].numpy())
+        _, name, m, k, nnz, nbytes, digest, _, values, count, n, group, strip, size, scales, _ = _LAYOUT.unpack(raw)
+        return Header(
+            name.rstrip(b"\0").decode(), m, k, nnz, _NAMES[values], n, group, strip, nbytes, count, digest, size,
+            _SCALE_NAMES[scales],
+        )  # fmt: skip
 
 
 def _aligned(nbytes: int) -> int:

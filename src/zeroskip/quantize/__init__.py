@@ -1,0 +1,15 @@
+"""Integers for weights: codes and the scales that turn them back. Pure functions; formats and pruning share them."""
+
+from zeroskip.quantize.groups import (
+    GROUPS,
+    LEAST,
+    LIMIT,
+    SCALES,
+    Quantized,
+    absmax_scales,
+    check_scales,
+    codes_of,
+    quantize,
+)
+
+__all__ = ["GROUPS", "LEAST", "LIMIT", "SCALES", "Quantized", "absmax_scales", "check_scales", "codes_of", "quantize"]

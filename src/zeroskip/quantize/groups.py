@@ -1,0 +1,128 @@
+"""Group-wise symmetric integers: ``weight = code * scale``, one scale for each row and group of inputs.
+
+Zero is the code 0, so zeros stay exactly zero. Where scales are computed here, codes run from -LIMIT to LIMIT; a
+solver that brings its own scales may use the one code more that the type has on the negative side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from zeroskip.errors import ZeroskipError, suggest
+
+__all__ = ["GROUPS", "LEAST", "LIMIT", "SCALES", "Quantized", "absmax_scales", "check_scales", "codes_of", "quantize"]
+
+LIMIT = {"int8": 127, "int4": 7}  # the largest code
+LEAST = {"int8": -128, "int4": -8}  # the smallest code that can be stored
+GROUPS = (32, 64, 128)  # inputs that share a scale; the last group of a row may be shorter
+SCALES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight [m, k] as integers.
+
+    Attributes
+    ----------
+    codes
+        int8 [m, k], within [LEAST, LIMIT] of `values`.
+    scales
+        fp16 or fp32 [m, ceil(k / group_size)], finite and positive.
+    values
+        ``"int8"`` or ``"int4"``.
+    group_size
+        Inputs that share a scale, a member of `GROUPS`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    values: str
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, fp32 [m, k]; with fp16 scales every product is exact."""
+        return self.codes.float() * _spread(self.scales, self.group_size, self.codes.shape[1])
+
+
+def quantize(weight: Tensor, values: str, group_size: int | None = None, scales: str | Tensor = "fp16") -> Quantized:
+    """Round a weight to integers, to the nearest code.
+
+    Parameters
+    ----------
+    weight
+        [m, k], floating point, finite; not modified.
+    values
+        ``"int8"`` or ``"int4"``.
+    group_size
+        A member of `GROUPS`; None means 64.
+    scales
+        ``"fp16"`` or ``"fp32"``: computed here, the largest weight of a group over LIMIT. Or a tensor
+        [m, ceil(k / group_size)], fp16, fp32 or bf16, which is used exactly: a weight that is ``code * scale`` gets
+        that code, and one beyond the codes gets the last.
+
+    Raises
+    ------
+    ZeroskipError
+        Another group size, or scales of a wrong shape or type, not positive, not finite, or too large for fp16.
+    """
+    if values not in LIMIT:
+        raise ZeroskipError(f"unknown integer type {values!r}{suggest(values, LIMIT)}")
+    group_size = 64 if group_size is None else group_size
+    if group_size not in GROUPS:
+        raise ZeroskipError(f"group_size is {group_size!r}: one scale serves 32, 64 or 128 inputs")
+    if isinstance(scales, Tensor):
+        scales = check_scales(scales, weight.shape[0], -(-weight.shape[1] // group_size), group_size)
+    elif scales in SCALES:
+        scales = absmax_scales(weight, values, group_size, SCALES[scales])
+    else:
+        raise ZeroskipError(f"scales is {scales!r}: give a tensor or one of 'fp16', 'fp32'")
+    return Quantized(codes_of(weight, scales, values, group_size), scales, values, group_size)
+
+
+def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Return scales [m, ceil(k / group_size)] under which the largest weight of each group is the code LIMIT.
+
+    A group of zeros gets 1. A scale that its type rounds so far down that the largest weight would lie half a step
+    beyond LIMIT (only subnormal scales are that coarse) is rounded up instead.
+    """
+    m, k = weight.shape
+    limit = LIMIT[values]
+    largest = pad(weight.abs().float(), (0, -k % group_size)).view(m, -1, group_size).amax(2)
+    scales = (largest / limit).to(dtype)
+    short = largest >= scales.float() * (limit + 0.5)
+    bits = scales.view(torch.int16 if dtype == torch.float16 else torch.int32)
+    scales = torch.where(short, bits + 1, bits).view(dtype)
+    if not bool(torch.isfinite(scales).all()):
+        raise ZeroskipError(
+            f"the largest weight is {float(largest.max()):.3g}, too large for fp16 scales: use scales='fp32'"
+        )
+    return torch.where(largest > 0, scales, torch.ones_like(scales))
+
+
+def check_scales(scales: Tensor, m: int, groups: int, group_size: int) -> Tensor:
+    """Return given scales as they are stored: fp16 or fp32, contiguous (bf16 becomes fp32, which holds it exactly)."""
+    if scales.dtype == torch.bfloat16:
+        scales = scales.float()
+    if scales.dtype not in SCALES.values():
+        raise ZeroskipError(f"scales are {scales.dtype}: give fp16, fp32 or bf16")
+    if scales.shape != (m, groups):
+        raise ZeroskipError(
+            f"scales have shape {list(scales.shape)}, expected [{m}, {groups}]: rows, and groups of {group_size} inputs"
+        )
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise ZeroskipError("a scale is zero, negative or not finite: give a group of zeros any positive scale")
+    return scales.detach().contiguous()
+
+
+def codes_of(weight: Tensor, scales: Tensor, values: str, group_size: int) -> Tensor:
+    """Return the codes nearest to ``weight / scale``, int8 [m, k]; halves go to the even code."""
+    steps = weight.float() / _spread(scales, group_size, weight.shape[1])
+    return steps.round_().clamp_(LEAST[values], LIMIT[values]).to(torch.int8)
+
+
+def _spread(scales: Tensor, group_size: int, k: int) -> Tensor:
+    return scales.float().repeat_interleave(group_size, dim=1)[:, :k]
