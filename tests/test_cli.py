@@ -14,7 +14,7 @@ import torch
 from cli_models import shorten_races, write_decoder, write_encoder
 from typer.testing import CliRunner
 
-from zeroskip.cli import app, process
+from zeroskip.cli import app, main, process
 from zeroskip.cli.process import cpu_limit, openmp_runtimes
 from zeroskip.cli.terminal import progress
 
@@ -194,7 +194,9 @@ def test_a_model_that_is_not_there(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "no such directory" in refused("prune", tmp_path / "absent", tmp_path / "out", "--method", "magnitude")
+    assert "no such directory" in refused(
+        "prune", tmp_path / "absent", tmp_path / "out", "--method", "magnitude", "--pattern", "2:4"
+    )
     assert "no such directory" in refused("compile", "./absent", tmp_path / "out")
     assert "cannot be loaded" in refused("analyze", "nobody/nothing")
     assert not (tmp_path / "out").exists()
@@ -241,6 +243,32 @@ def test_a_recipe_that_does_not_fit(encoder, tmp_path, options, problem):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("prune", "model", "out", "--sparsity", "half"), "Invalid value for '--sparsity'"),
+        (("prune", "model"), "Missing argument 'OUT'"),
+        (("prnue",), "No such command 'prnue'"),
+        (("info", "--jsn", "x"), "No such option: --jsn"),
+    ],
+)
+def test_words_that_no_command_takes(monkeypatch, capsys, words, problem):
+    monkeypatch.setattr(sys, "argv", ["zeroskip", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert re.fullmatch(rf"zeroskip: {problem}.* --help tells more\)\n", err), err
+
+
+def test_the_recipe_is_read_before_the_model(tmp_path):
+    wrong = {"--sparsity": (1.5, "sparsity is 1.5"), "--include": ("re:(", "is not a regular expression")}
+    for option, (value, problem) in wrong.items():
+        asked = ("--method", "magnitude", option, value)
+        assert problem in refused("prune", tmp_path / "absent", tmp_path / "out", *asked)
+    assert "at least 1" in refused("compile", tmp_path / "absent", tmp_path / "out", "--tokens", 0)
+
+
 def test_calibration_that_cannot_be_used(encoder, tmp_path):
     from safetensors.torch import save_file
 
@@ -252,7 +280,7 @@ def test_calibration_that_cannot_be_used(encoder, tmp_path):
         "nan": ({"inputs_embeds": torch.full((2, 4, 64), float("nan"))}, "holds NaN or Inf"),
         "inf": ({"inputs_embeds": torch.full((2, 4, 64), float("inf"))}, "holds NaN or Inf"),
         "argument": ({"pixels": ids}, "input_ids"),
-        "vocabulary": ({"input_ids": ids + 1000}, "the model does not run on the calibration data"),
+        "vocabulary": ({"input_ids": ids + 1000}, "the model does not run on calibration batch 0"),
     }
     (tmp_path / "data").mkdir()
     for name, (tensors, problem) in cases.items():

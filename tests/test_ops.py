@@ -104,6 +104,11 @@ def test_refusals(x: Tensor, arguments: dict[str, object], message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_not_packed_is_refused() -> None:
+    with pytest.raises(zs.ZeroskipError, match=r"packed is a Tensor: give what pack\(\) returns"):
+        zs.linear(weight_of("csr"), torch.ones(2, K))  # type: ignore[arg-type]
+
+
 # Choosing a kernel
 
 

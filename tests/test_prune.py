@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import MODELS, batches, bert, llama, t5
+from tiny_models import MODELS, batches, bert, llama, t5, tokens
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
@@ -241,6 +241,12 @@ WRONG = [
     ({"recipe": {"sparsity": 0.7}}, "0.7 in the recipe"),
     ({"recipe": "wanda"}, "give a dict"),
     ({"seed": 0.5}, "give an integer"),
+    ({"include": 7}, "include is 7: give globs"),
+    ({"exclude": 7}, "exclude is 7: give globs"),
+    ({"include": [7]}, "include holds 7"),
+    ({"pattern": "２:４"}, "unknown pattern"),
+    ({"calibration": [tokens(), tokens() + 1000]}, "does not run on calibration batch 1: index out of range"),
+    ({"calibration": [tokens().float()]}, "does not run on calibration batch 0: "),
 ]
 
 
@@ -268,6 +274,12 @@ def test_nan_in_a_weight_and_in_an_activation_name_the_site():
         model.model.layers[0].input_layernorm.weight[0] = torch.nan
     with pytest.raises(ZeroskipError, match=r"layers\.0\.self_attn\.q_proj: its calibration input holds NaN"):
         prune(model, sparsity=0.5, calibration=batches("llama", 1))
+
+
+@pytest.mark.parametrize("model", [None, "bert-base-uncased"])
+def test_what_is_no_model(model):
+    with pytest.raises(ZeroskipError, match=r"give an nn\.Module"):
+        prune(model, "magnitude", sparsity=0.5)
 
 
 def test_nothing_to_prune():

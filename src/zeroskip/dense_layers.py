@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, first_line
 
 __all__ = ["DTYPES", "DenseLinear", "OneDnnLinear", "onednn_problem"]
 
@@ -52,7 +52,7 @@ def onednn_problem(values: str) -> str | None:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None if bool((y == 16).all()) else "gave wrong numbers"
 
 

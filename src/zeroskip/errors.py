@@ -5,14 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ZeroskipError", "suggest"]
+__all__ = ["ZeroskipError", "first_line", "suggest"]
 
 
 class ZeroskipError(ValueError):
     """Bad input: one line that states the value seen and the remedy."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of other code says, its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def suggest(name: object, known: Iterable[str]) -> str:
     """Return ``' (did you mean X?)'`` for the nearest known name, else the list of known names.
 
     Examples
@@ -21,7 +26,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     " (did you mean 'wanda'?)"
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     if near:
         return f" (did you mean {near[0]!r}?)"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, suggest
 
-__all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites"]
+__all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites", "site_patterns"]
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,9 @@ def select_sites(
     model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = ("lm_head",)
 ) -> tuple[list[Site], dict[str, str]]:
     """As `find_sites`, with the reason for every site that was named out: ({sites}, {name: reason})."""
-    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
+    if not isinstance(model, nn.Module):
+        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
     every = [Site(name, module) for name, module in model.named_modules() if _adapter(module) is not None]
     names = [site.name for site in every]
     for pattern in wanted:
@@ -209,7 +211,10 @@ def select_sites(
     return sites, skipped
 
 
-def _patterns(what: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+def site_patterns(what: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the globs and regular expressions given as `what`, after checking that they are some."""
+    if given is not None and not isinstance(given, Iterable):
+        raise ZeroskipError(f"{what} is {given!r}: give globs or 're:...' as strings")
     patterns = (given,) if isinstance(given, str) else tuple(given or ())
     for pattern in patterns:
         if not isinstance(pattern, str):

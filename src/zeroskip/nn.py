@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import activation_code
+from zeroskip.ops import activation_code, call
 
 __all__ = ["PackedLinear"]
 
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self._act = activation_code(activation)
         self.weight = nn.Parameter(torch.empty(nbytes, dtype=torch.int8), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None)
 
     @classmethod
     def from_packed(cls, packed: Packed, bias: Tensor | None = None, activation: str | None = None) -> PackedLinear:
@@ -54,7 +54,8 @@ class PackedLinear(nn.Module):
         return Packed.from_blob(self.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.zeroskip.linear(x, self.weight, self.bias, self.out_features, self._act)
+        own = self._parameters  # self.weight and self.bias would take nn.Module a microsecond to find
+        y: Tensor = call(x, own["weight"], own["bias"], self.out_features, self._act)
         return y
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from zeroskip import _core
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats.base import Packed
 
-__all__ = ["ACTIVATIONS", "activation_code", "kernels", "linear", "run", "tune"]
+__all__ = ["ACTIVATIONS", "activation_code", "call", "kernels", "linear", "run", "tune"]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -53,12 +53,14 @@ def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel
         if bias.dtype is not torch.float32 or not bias.is_contiguous():
             bias = bias.to(torch.float32).contiguous()
         address = bias.data_ptr()
-    if blob.data_ptr() % 64 or not blob.is_contiguous():
+    at = blob.data_ptr()
+    if at % 64 or not blob.is_contiguous():
         blob = blob.clone()
+        at = blob.data_ptr()
     y = x.new_empty((*shape[:-1], m))
     try:
         _core.linear(
-            x.data_ptr(), kind, x.numel() // k if k else 0, k, blob.data_ptr(), blob.numel(), address, act,
+            x.data_ptr(), kind, x.numel() // k if k else 0, k, at, blob.numel(), address, act,
             y.data_ptr(), m, 1 if _forked else torch.get_num_threads(), kernel,
         )  # fmt: skip
     except ValueError as error:
@@ -76,6 +78,7 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.impl("linear", _call, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::linear", _linear_fake, lib=_library)
+call = torch.ops.zeroskip.linear.default  # the overload itself: finding it anew costs each call half a microsecond
 
 
 def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -100,7 +103,9 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
     ZeroskipError
         A dtype, shape or name that does not fit; the line states it.
     """
-    result: Tensor = torch.ops.zeroskip.linear(x, packed.blob, bias, packed.shape[0], activation_code(activation))
+    if not isinstance(packed, Packed):
+        raise ZeroskipError(f"packed is a {type(packed).__name__}: give what pack() returns")
+    result: Tensor = call(x, packed.blob, bias, packed.shape[0], activation_code(activation))
     return result
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zeroskip.calibrate.data import Batch
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, first_line
 
 __all__ = ["Block", "Replay", "digest"]
 
@@ -241,6 +241,11 @@ class Replay:
                 return batch.call(self.model)
             except _Stop:
                 return None
+            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+                index = next(i for i, one in enumerate(self.batches) if one is batch)
+                raise ZeroskipError(
+                    f"the model does not run on calibration batch {index}: {first_line(error)}"
+                ) from error
             finally:
                 self.arguments = {}
 

@@ -66,8 +66,12 @@ def token_counts(text: str) -> list[int] | dict[int, float]:
     """
     parts = [part.partition(":") for part in text.split(",")]
     try:
+        counts: list[int] | dict[int, float] = [int(count) for count, _, _ in parts]
         if any(colon for _, colon, _ in parts):
-            return {int(count): float(weight) if colon else 1.0 for count, colon, weight in parts}
-        return [int(count) for count, _, _ in parts]
+            counts = {int(count): float(weight) if colon else 1.0 for count, colon, weight in parts}
     except ValueError:
         raise ZeroskipError(f"--tokens {text!r}: give counts such as 1,32,512, or with weights 1:10,512:1") from None
+    from zeroskip.planning.tokens import Tokens as Counts
+
+    Counts.parse(counts)  # before a large model is loaded
+    return counts

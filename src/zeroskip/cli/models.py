@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, first_line
 
 __all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_directory"]
 
@@ -79,8 +79,7 @@ def _fetched(what: str, fetch: Any) -> Any:
     except KeyboardInterrupt:
         raise
     except Exception as error:  # hub, file system, JSON, safetensors and missing optional packages raise what they like
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ZeroskipError(f"{what}: cannot be loaded: {first}") from error
+        raise ZeroskipError(f"{what}: cannot be loaded: {first_line(error)}") from error
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -46,14 +46,15 @@ def prune(
     stopped and gives the same result.
     """
     from zeroskip.cli import models
-    from zeroskip.prune.base import Recipe
-    from zeroskip.prune.patterns import Pattern
+    from zeroskip.prune.settings import read_plan
 
     models.output_directory(out)
     if text is not None and calibration is not None:
         raise ZeroskipError("give --text or --calibration, not both")
-    Pattern.parse(pattern)  # a misspelt name is refused before a large model is loaded
-    if Recipe.parse(method).needs and text is None and calibration is None:
+    # What can be refused without the model is refused before a large one is loaded.
+    asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
+    asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
+    if read_plan(asked, None).recipe.needs and text is None and calibration is None:
         raise ZeroskipError(f"method {method!r} needs data: give --text FILE or --calibration FILE")
     batches = None if calibration is None else _read_batches(calibration)
     with step(f"loading {model}"):
@@ -69,16 +70,11 @@ def prune(
         with progress("pruning") as advance:
             report = prune_model(
                 network,
-                method,
-                pattern=pattern,
-                sparsity=sparsity,
+                **asked,
                 text=text,
                 tokenizer=tokenizer,
                 calibration=batches,
-                include=include or None,
-                exclude=exclude if exclude else ("lm_head",),
                 journal=journal,
-                seed=seed,
                 progress=advance,
             )
         with step(f"writing {out}"):
@@ -89,9 +85,6 @@ def prune(
             raise KeyboardInterrupt(f"(the same command goes on from {journal})" if kept else "") from None
         if fresh and not any(journal.glob("*.safetensors")):  # nothing in it is worth a second try
             shutil.rmtree(journal, ignore_errors=True)
-        if isinstance(error, RuntimeError | LookupError | TypeError):  # a model's own words for inputs it cannot take
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ZeroskipError(f"the model does not run on the calibration data: {first}") from error
         raise
     shutil.rmtree(journal, ignore_errors=True)
     write_json(json_path, report.to_dict())

@@ -50,11 +50,21 @@ def _root() -> None:
     # The progress is ours: transformers' own bars and advice would stand between its lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a word or option that it does not know is one line too."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:  # typer's own errors: their class has moved from one of its versions to the next
+        say_it = getattr(error, "format_message", None)
+        if say_it is None:
+            raise
+        place = getattr(getattr(error, "ctx", None), "command_path", "zeroskip")
+        typer.echo(f"zeroskip: {' '.join(say_it().split())} ({place} --help tells more)", err=True)
+        code = BAD_INPUT
+    sys.exit(code)
 
 
 def command(name: str, example: str, group: typer.Typer = app) -> Callable[[Command], Command]:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from zeroskip.dense_layers import OneDnnLinear
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, first_line
 from zeroskip.hf import METHOD, ZeroskipConfig, is_ignored, ties_of, untie
 from zeroskip.io.container import Later
 from zeroskip.model import Conv1DAdapter
@@ -108,8 +108,7 @@ def from_directory(folder: Path, config: dict[str, Any], strict: bool) -> Any:
     except ZeroskipError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ZeroskipError(f"{folder}: transformers cannot load it as {name}: {first}") from error
+        raise ZeroskipError(f"{folder}: transformers cannot load it as {name}: {first_line(error)}") from error
     for what in ("missing", "unexpected") if strict else ():
         keys = sorted(report[f"{what}_keys"])
         if keys:

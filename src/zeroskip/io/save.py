@@ -54,6 +54,8 @@ def save(
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise ZeroskipError(f"max_shard_bytes is {max_shard_bytes!r}; give a positive number of bytes")
+    if not isinstance(model, nn.Module):
+        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
     target = Path(os.path.realpath(directory))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")

@@ -200,6 +200,7 @@ def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:
 _library = torch.library.Library("zeroskip", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor")  # type: ignore[no-untyped-call]
 _library.impl("linear_by", ops._call, "CPU")  # type: ignore[no-untyped-call]
+_call_by = torch.ops.zeroskip.linear_by.default
 
 
 class _Forced(nn.Module):
@@ -208,11 +209,13 @@ class _Forced(nn.Module):
     def __init__(self, blob: Tensor, bias: Tensor | None, m: int, kernel: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(blob, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        kept = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", kept)
         self.m, self.kernel = m, kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.zeroskip.linear_by(x, self.weight, self.bias, self.m, 0, self.kernel)
+        own = self._parameters
+        y: Tensor = _call_by(x, own["weight"], own["bias"], self.m, 0, self.kernel)
         return y
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zeroskip.bench.oracle import Oracle
 from zeroskip.bench.timer import Race, race
+from zeroskip.errors import first_line
 from zeroskip.planning.candidates import Call, Layout, copies_for, layouts
 
 __all__ = ["CACHE_BYTES", "Measured", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
@@ -126,7 +127,7 @@ def _checked(
         try:
             problem = oracle.problem(calls[0](x), layout.values)
         except RuntimeError as error:
-            problem = f"failed: {str(error).splitlines()[0]}"
+            problem = f"failed: {first_line(error)}"
         if problem is not None and layout is not result.layouts[0]:
             log.error("%s at %d tokens %s; it is not used", name, tokens, problem)
             result.wrong[name] = f"at {tokens} tokens {problem}"

@@ -59,19 +59,19 @@ class Pattern:
             raise ZeroskipError(f"pattern is {text!r}: give a string such as '8:16@64'")
         if text == "unstructured":
             return Block("unstructured", 1, 1)
-        if found := re.fullmatch(r"block:(\d+)x(\d+)", text):
+        if found := re.fullmatch(r"block:([0-9]+)x([0-9]+)", text):
             height, width = map(int, found.groups())
             if height < 1 or width < 1:
                 raise ZeroskipError(f"pattern {text!r}: a block is at least 1x1")
             return Block(text, height, width)
-        if found := re.fullmatch(r"(\d+):(\d+)(?:@(\d+))?", text):
+        if found := re.fullmatch(r"([0-9]+):([0-9]+)(?:@([0-9]+))?", text):
             kept, of, strip = int(found[1]), int(found[2]), int(found[3] or 1)
             if not 1 <= kept < of:
                 raise ZeroskipError(f"pattern {text!r}: N:M keeps N of every M inputs, so 1 <= N < M")
             if strip < 1:
                 raise ZeroskipError(f"pattern {text!r}: a strip has at least one row")
             return NM(text, kept, of, strip)
-        if found := re.fullmatch(r"(\d+):(\d+):(\d+)", text):
+        if found := re.fullmatch(r"([0-9]+):([0-9]+):([0-9]+)", text):
             v, n, m = found.groups()
             raise ZeroskipError(
                 f"pattern {text!r} (V:N:M) is not served: write {f'{n}:{m}@{v}'!r}, N of every M inputs kept, "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site
+from zeroskip.model import Site, site_patterns
 from zeroskip.prune.base import Recipe
 from zeroskip.prune.patterns import Pattern
 
@@ -49,8 +49,7 @@ def read_plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> Plan:
                 raise ZeroskipError(f"{key} is {given[key]!r}, and {value!r} in the recipe: leave one out")
             settings[key] = value
     for key in ("include", "exclude"):
-        value = settings[key]
-        settings[key] = None if value is None else [value] if isinstance(value, str) else list(value)
+        settings[key] = None if settings[key] is None else list(site_patterns(key, settings[key]))
     if not isinstance(settings["seed"], int):
         raise ZeroskipError(f"seed is {settings['seed']!r}: give an integer")
     composition = Recipe.parse(settings["method"])
