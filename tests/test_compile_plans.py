@@ -12,6 +12,7 @@ import torch
 from planning import SPARSE, Net, X, close, inject, prefer, strips
 from torch import nn
 
+import zeroskip as zs
 from zeroskip.compile import compile
 from zeroskip.dense_layers import DenseLinear
 from zeroskip.errors import ZeroskipError
@@ -190,3 +191,35 @@ def test_a_busy_machine_is_noted() -> None:
     assert planner.unrest() is None
     planner.spreads = [0.4, 0.5, 0.02]
     assert "spans 40% of the median" in (planner.unrest() or "")
+
+
+def test_a_model_under_torch_compile_is_compared_under_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both sides of the check run what torch.compile made; "eager" as its backend spares the test the C++ compiler."""
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        ran.append("packed" if any("zeroskip.linear" in str(node.target) for node in graph.graph.nodes) else "dense")
+        return graph.forward
+
+    inject(monkeypatch, SPARSE, {"dense": 1.0, "compiled": 0.5})
+    net = Net()
+    want = net(X)
+    wrapped = torch.compile(net, backend=backend)
+    assert compile(wrapped, tokens=(1,), example_inputs=X) is wrapped
+    assert set(ran) == {"dense", "packed"}
+    check = plan_of(wrapped).checks[0]
+    assert (check.mode, check.outcome) == ("compiled", "kept") and "(compiled)" in str(check)
+    assert [site.name for site in plan_of(net).sites] == ["first", "second", "third"]
+    with torch.inference_mode():
+        assert close(wrapped(X), want)
+    zs.save(wrapped, tmp_path / "stored")
+    with torch.inference_mode():
+        assert close(zs.load(tmp_path / "stored", Net())(X), want)
+
+
+def test_a_model_compiled_in_place_is_compared_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, SPARSE, {"dense": 1.0, "compiled": 1.5})
+    net = Net()
+    net.compile(backend="eager")
+    compile(net, tokens=(1,), example_inputs=X)
+    assert (plan_of(net).checks[0].mode, plan_of(net).checks[0].outcome) == ("compiled", "put back")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.model import unwrapped
 from zeroskip.planning.break_even import BreakEven, break_even
 from zeroskip.planning.candidates import NAMES, PRECISIONS, check_precision
 from zeroskip.planning.install import compiled_layers, thaw
@@ -103,7 +104,7 @@ def analyze(
     wanted, precision = Tokens.parse(tokens), check_precision(precision)
     if not isinstance(model, nn.Module):
         model = _load(model)
-    elif next(compiled_layers(model), None) is not None:
+    elif next(compiled_layers(model := unwrapped(model)), None) is not None:
         model = copy.deepcopy(model)  # only a compiled model has to be turned back, and not the caller's
     thaw(model)
     sites, notes = plannable(model, precision)

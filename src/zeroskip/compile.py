@@ -18,7 +18,7 @@ from torch import nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.io.meta import attach
-from zeroskip.model import Site
+from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
 from zeroskip.planning.install import apply_tuning, build, fits, put_in, thaw, weights_of
 from zeroskip.planning.machine import this_machine
@@ -56,7 +56,9 @@ def compile(
     Parameters
     ----------
     model : nn.Module
-        On the CPU, pruned or not. A model that is compiled already is measured anew.
+        On the CPU, pruned or not. A model that is compiled already is measured anew. The check of the whole model runs
+        both sides eagerly; of what torch.compile returned (or a model after `.compile()`) it runs both sides under
+        torch.compile, which takes the time of compiling twice.
     tokens : sequence of int, or mapping from int to weight
         The token counts to be good at, or how often each occurs.
     precision : None, "fp32" or "bf16"
@@ -84,6 +86,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    called, model = model, unwrapped(model)
     wanted, precision = Tokens.parse(tokens), check_precision(precision)
     given = _read(plan)
     for name in thaw(model):
@@ -92,17 +95,18 @@ def compile(
         fits(given, model)
         changes = given.machine.differences(this_machine())
         if not changes:
-            return _apply(model, given)
+            _apply(model, given)
+            return called
         log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
     sites, notes = plannable(model, precision)
     made = Plan(this_machine(), wanted, precision, notes=notes)
     if given is not None:
         made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
-    _run(model, sites, made, Verdict(model, wanted.counts, example_inputs), budget_s, progress)
+    _run(model, sites, made, Verdict(model, called, wanted.counts, example_inputs), budget_s, progress)
     object.__setattr__(model, "zeroskip_plan", made)
     attach(model)
     log.info("%s", made)
-    return model
+    return called
 
 
 def _run(
@@ -136,7 +140,7 @@ def _run(
         log.warning("%s", check)
 
 
-def _apply(model: nn.Module, given: Plan) -> nn.Module:
+def _apply(model: nn.Module, given: Plan) -> None:
     """Install what a plan of this machine says, without measuring."""
     plan = copy.deepcopy(given)
     sites = fits(plan, model)
@@ -149,7 +153,6 @@ def _apply(model: nn.Module, given: Plan) -> nn.Module:
         put_in(model, sites[choice.name].module, module)
     object.__setattr__(model, "zeroskip_plan", plan)
     attach(model)
-    return model
 
 
 def _stayed(choice: SitePlan, check: ModelCheck) -> SitePlan:

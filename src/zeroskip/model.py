@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, suggest
 
-__all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites", "site_patterns"]
+__all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites", "site_patterns", "unwrapped"]
 
 log = logging.getLogger(__name__)
 
@@ -242,6 +243,13 @@ def _tied(model: nn.Module) -> set[int]:
             if parameter is not None:
                 (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside what torch.compile made of it; any other model is returned as it is."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # without it there is no such wrapper
+    kind = getattr(dynamo, "OptimizedModule", None)
+    return cast(nn.Module, model._orig_mod) if kind is not None and isinstance(model, kind) else model
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Later
+from zeroskip.model import unwrapped
 
 __all__ = ["save"]
 
@@ -56,6 +57,7 @@ def save(
         raise ZeroskipError(f"max_shard_bytes is {max_shard_bytes!r}; give a positive number of bytes")
     if not isinstance(model, nn.Module):
         raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    model = unwrapped(model)
     target = Path(os.path.realpath(directory))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")

@@ -108,7 +108,7 @@ class ModelCheck:
     Attributes
     ----------
     mode : str
-        ``'eager'``: both sides run eagerly.
+        ``'eager'``: both sides run eagerly; ``'compiled'``: both under torch.compile.
     outcome : str
         ``'kept'``, ``'put back'`` or ``'skipped'``.
     method : str

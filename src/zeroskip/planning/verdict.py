@@ -27,13 +27,15 @@ class Verdict:
     """Follows a model through compilation and decides whether it stays compiled.
 
     `before` is called while the model is dense, `installed` for each layer that is about to be replaced, `after` when
-    all are; `put_back` undoes everything at any time.
+    all are; `put_back` undoes everything at any time. `called` is the model, or what torch.compile made of it: it is
+    what runs, so that both sides are eager or both compiled.
     """
 
-    def __init__(self, model: nn.Module, counts: tuple[int, ...], example_inputs: Any) -> None:
+    def __init__(self, model: nn.Module, called: nn.Module, counts: tuple[int, ...], example_inputs: Any) -> None:
         self.model = model
+        self.mode = "eager" if called is model and model._compiled_call_impl is None else "compiled"
         with evaluating(model):
-            self.calls: dict[int, Call] | str = model_calls(model, counts, example_inputs)
+            self.calls: dict[int, Call] | str = model_calls(model, called, counts, example_inputs)
         self.swaps: dict[str, tuple[nn.Module | None, nn.Module]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.keeps_both = True
@@ -58,15 +60,15 @@ class Verdict:
     def after(self) -> ModelCheck:
         """Compare, and put the model back if it is slower."""
         if not self.swaps:
-            return ModelCheck("eager", "kept", "nothing was replaced: the model is its dense self")
+            return ModelCheck(self.mode, "kept", "nothing was replaced: the model is its dense self")
         if isinstance(self.calls, str):
-            return ModelCheck("eager", "skipped", self.calls)
+            return ModelCheck(self.mode, "skipped", self.calls)
         with evaluating(self.model):
             problem = self._failure(self.calls)
             if problem is not None:
                 log.warning("the model does not run with packed layers, it is put back: %s", problem)
                 self.put_back()
-                return ModelCheck("eager", "put back", f"does not run with packed layers: {problem}")
+                return ModelCheck(self.mode, "put back", f"does not run with packed layers: {problem}")
             ratios = self._ratios(self.calls, BUDGET_S)
             doubtful = {t: self.calls[t] for t, ratio in ratios.items() if ratio.value < SLOWER <= ratio.high}
             if doubtful and self.keeps_both:
@@ -76,7 +78,7 @@ class Verdict:
             self.put_back()
         method = "interleaved" if self.keeps_both else "one after the other, each against the same control"
         found = {t: (ratio.value, ratio.low, ratio.high) for t, ratio in ratios.items()}
-        return ModelCheck("eager", "put back" if slower else "kept", method, found)
+        return ModelCheck(self.mode, "put back" if slower else "kept", method, found)
 
     def _failure(self, calls: dict[int, Call]) -> str | None:
         """Return why the compiled model does not run; some models read the weights of their layers themselves."""

@@ -29,8 +29,10 @@ CONTROL = "control"
 LONGEST_SEQUENCE = 128  # more tokens than this come as a batch of sequences
 
 
-def model_calls(model: nn.Module, counts: tuple[int, ...], example_inputs: Any) -> dict[int, Call] | str:
-    """Return one call of the model for each token count, or why there is none.
+def model_calls(
+    model: nn.Module, called: nn.Module, counts: tuple[int, ...], example_inputs: Any
+) -> dict[int, Call] | str:
+    """Return one call of `called` (the model or its torch.compile wrapper) for each token count, or why there is none.
 
     `example_inputs` (a tensor, a tuple of arguments, a dict of keyword arguments) gives a single call under the key 0.
     Without it, transformers models get synthetic ids: T tokens are one sequence, or sequences of 128.
@@ -43,15 +45,15 @@ def model_calls(model: nn.Module, counts: tuple[int, ...], example_inputs: Any) 
     if example_inputs is not None:
         arguments, keywords = _arguments(example_inputs)
         try:
-            _forward(model, arguments, keywords)()
+            _forward(called, arguments, keywords)()
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ZeroskipError(f"the model does not run on example_inputs: {_line(error)}") from error
-        return {0: _forward(model, arguments, keywords)}
+        return {0: _forward(called, arguments, keywords)}
     if not _is_transformers(model):
         return "not a transformers model; give example_inputs to have the whole model measured"
     calls: dict[int, Call] = {}
     for count in counts:
-        call = _forward(model, (), synthetic_inputs(model, count))
+        call = _forward(called, (), synthetic_inputs(model, count))
         try:
             call()
         except Exception as error:  # some models want other inputs than ids; they say so in many ways

@@ -24,7 +24,7 @@ from zeroskip.calibrate import (
     text_batches,
 )
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import Site, select_sites
+from zeroskip.model import Site, select_sites, unwrapped
 from zeroskip.prune.report import Report, Row
 from zeroskip.prune.settings import Plan, check_sites, read_plan
 from zeroskip.prune.site import prune_site
@@ -116,6 +116,7 @@ def prune(
         raise ZeroskipError(
             f"loss= is for methods that need gradients, which {plan.recipe.name!r} does not: leave it out"
         )
+    model = unwrapped(model)
     sites, skipped = select_sites(model, plan.settings["include"], plan.settings["exclude"])
     blocks = find_blocks(model, sites if plan.settings["include"] else ())
     inside = {site.name for block in blocks for site in sites_of(block, sites)}
