@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from zeroskip.prune import tune
+
 DATA = Path(os.environ.get("ZEROSKIP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ORIGINS = {
     "correlated": "a generator of one layer with correlated inputs, written for this project",
@@ -22,6 +24,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def short_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run every method need not tune long."""
+    monkeypatch.setattr(tune, "STEPS", 8)
 
 
 @pytest.fixture

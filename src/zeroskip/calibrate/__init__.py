@@ -5,6 +5,7 @@ from zeroskip.calibrate.data import Batch, read_batches
 from zeroskip.calibrate.journal import Journal
 from zeroskip.calibrate.replay import Block, Replay
 from zeroskip.calibrate.stats import Collector, SharingError, Stat
+from zeroskip.calibrate.teacher import Lesson, Teacher, first_tensor
 from zeroskip.calibrate.text import text_batches
 
 __all__ = [
@@ -12,10 +13,13 @@ __all__ = [
     "Block",
     "Collector",
     "Journal",
+    "Lesson",
     "Replay",
     "SharingError",
     "Stat",
+    "Teacher",
     "find_blocks",
+    "first_tensor",
     "read_batches",
     "sites_of",
     "text_batches",

@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from zeroskip.calibrate.data import Batch
-from zeroskip.calibrate.replay import digest
+from zeroskip.calibrate.digest import digest
 from zeroskip.errors import ZeroskipError
 
 __all__ = ["Journal"]

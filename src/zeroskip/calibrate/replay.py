@@ -13,7 +13,6 @@ differ (skip connections across blocks) all outputs are kept.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import logging
 import weakref
@@ -26,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zeroskip.calibrate.data import Batch
+from zeroskip.calibrate.digest import digest
 from zeroskip.errors import ZeroskipError, first_line
 
-__all__ = ["Block", "Replay", "digest"]
+__all__ = ["Block", "Record", "Replay"]
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Block:
 
 
 @dataclass
-class _Record:
+class Record:
     """What the finished calls of one batch returned, in call order."""
 
     blocks: list[Block] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Replay:
         self.keep_all = False
         self.candidates = blocks
         self.done: set[Block] = set()
-        self.records = [_Record() for _ in batches]
+        self.records = [Record() for _ in batches]
         self.arguments: dict[str, Any] = {}
         self.trace = self._plain(batches[0])
         self.order = list(dict.fromkeys(self.trace.blocks))
@@ -100,7 +100,12 @@ class Replay:
                     "switch off what makes it draw numbers or keep state between calls"
                 )
 
-    # The three things a caller does ---------------------------------------------------------------------------------
+    @property
+    def two_towers(self) -> bool:
+        """Whether the model has an encoder and a decoder."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    # What a caller does ---------------------------------------------------------------------------------------------
 
     def collect(self, block: Block, index: int) -> None:
         """Run batch `index` up to and including the block's last call, for the hooks that are set in it."""
@@ -119,14 +124,34 @@ class Replay:
         """Mark a block as final and take every batch to the first call of a block that is not."""
         self.done.add(block)
         if all(each in self.done for each in self.order):
-            self.records = [_Record() for _ in self.batches]
+            self.records = [Record() for _ in self.batches]
             return
         for index, batch in enumerate(self.batches):
             self.records[index] = self._advanced(batch, self.records[index])
 
+    def passed(self, batch: Batch, record: Record, block: Block) -> Record:
+        """Return a record of one's own, started where `record` ends, taken through `block` as it is now."""
+        self.done.add(block)
+        try:
+            return self._advanced(batch, record)
+        finally:
+            self.done.discard(block)
+
+    def call_of(self, block: Block, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of the block's next call on batch `index`."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def before(_: int, which: Block, args: Any, kwargs: Any) -> None:
+            if which is block:
+                seen.append((args, kwargs))
+                raise _Stop
+
+        self._forward(self.batches[index], self.records[index], before=before)
+        return seen[0]
+
     def logits(self, batch: Batch) -> Any:
         """Return the model's output through the replay of one batch (for tests)."""
-        record = _Record()
+        record = Record()
         for block in self.order:
             self.done.add(block)
             record = self._advanced(batch, record)
@@ -135,8 +160,8 @@ class Replay:
 
     # How ------------------------------------------------------------------------------------------------------------
 
-    def _advanced(self, batch: Batch, record: _Record) -> _Record:
-        new = _Record(list(record.blocks), list(record.outputs))
+    def _advanced(self, batch: Batch, record: Record) -> Record:
+        new = Record(list(record.blocks), list(record.outputs))
 
         def before(_: int, which: Block, args: Any, kwargs: Any) -> None:
             if which not in self.done:
@@ -150,12 +175,12 @@ class Replay:
         if not self.keep_all:
             if new.blocks != self.trace.blocks[: len(new.blocks)]:
                 # This batch takes another way through the model than the first; its calls are run again each time.
-                return _Record()
+                return Record()
             for call in range(len(new.outputs)):
                 new.outputs[call] = self._thin(new, call)
         return new
 
-    def _thin(self, record: _Record, call: int) -> Any:
+    def _thin(self, record: Record, call: int) -> Any:
         group = record.blocks[call].group
         rest = (each.group for each in record.blocks[call + 1 :])
         if call == len(record.outputs) - 1 or group not in rest:  # the newest, and the last of every list
@@ -183,12 +208,12 @@ class Replay:
                 if isinstance(leaf, Tensor):
                     alive[id(leaf)] = (weakref.ref(leaf), call, index)
 
-        self._forward(batch, _Record(), before=before, after=after)
+        self._forward(batch, Record(), before=before, after=after)
         return trace
 
     def _replays(self, batch: Batch) -> bool:
         """Whether the unpruned model, replayed, shows every block the arguments of the plain forward."""
-        record, same = _Record(), False
+        record, same = Record(), False
         for block in self.order:
             shown: list[bool] = []
 
@@ -207,7 +232,7 @@ class Replay:
     def _forward(
         self,
         batch: Batch,
-        record: _Record,
+        record: Record,
         before: Callable[[int, Block, Any, Any], None] | None = None,
         after: Callable[[int, Block, Any], None] | None = None,
     ) -> Any:
@@ -271,15 +296,3 @@ def _stop(*_: Any) -> None:
 def _copy(leaf: Any) -> Any:
     """A copy of an output, because the model's glue may write into what it gets."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def digest(tree: Any) -> bytes:
-    """Hash the tensors, names and plain values of a tree of tuples, lists and dicts; other objects do not count."""
-    total = hashlib.blake2b(digest_size=16)
-    for path, leaf in pytree.tree_leaves_with_path(tree):
-        if isinstance(leaf, Tensor):
-            total.update(f"{pytree.keystr(path)} {leaf.dtype} {tuple(leaf.shape)} ".encode())
-            total.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif leaf is None or isinstance(leaf, bool | int | float | str):
-            total.update(f"{pytree.keystr(path)} {leaf!r} ".encode())
-    return total.digest()

@@ -11,6 +11,7 @@ from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.report import Report
 from zeroskip.prune.run import prune
+from zeroskip.prune.tune import Tune
 
 __all__ = [
     "Admm",
@@ -25,6 +26,7 @@ __all__ = [
     "Solution",
     "Solver",
     "SparseGPT",
+    "Tune",
     "Wanda",
     "methods",
     "prune",

@@ -5,17 +5,22 @@ One method or solver is one short file; subclassing registers it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from zeroskip.calibrate import Block, Lesson
 from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.model import Site
 from zeroskip.prune.patterns import Pattern, Scope
 
-__all__ = ["Method", "Problem", "Recipe", "Solution", "Solver", "methods"]
+__all__ = ["BlockSolver", "Lessons", "Method", "Problem", "Recipe", "Solution", "Solver", "methods"]
+
+
+Lessons = Sequence[Callable[[], Lesson | None]]
 
 
 @dataclass(frozen=True)
@@ -94,22 +99,49 @@ class Solver:
         raise NotImplementedError
 
 
+class BlockSolver:
+    """What may follow at the end of a name: it changes a whole block once its sites are pruned, never their support."""
+
+    known: ClassVar[dict[str, type[BlockSolver]]] = {}
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        BlockSolver.known[cls.name] = cls
+
+    def refine(self, block: Block, sites: Sequence[Site], lessons: Lessons, draw: torch.Generator) -> list[str]:
+        """Change the parameters of `block` in place; return remarks for the report.
+
+        Parameters
+        ----------
+        sites : sequence of Site
+            Those of the block that were pruned.
+        lessons : sequence of callables
+            Each gives a `zeroskip.calibrate.Lesson`, made anew at every call, or None.
+        draw : torch.Generator
+            On the CPU, seeded from the run's seed and the block's name.
+        """
+        raise NotImplementedError
+
+
 def methods() -> list[str]:
-    """Return the names that `prune` takes: every method alone and with every solver behind it."""
-    return [name + tail for name in Method.known for tail in ("", *(f"+{solver}" for solver in Solver.known))]
+    """Return the names that `prune` takes: every method alone, with every solver, and with all of them behind it."""
+    tails = ["", *(f"+{solver}" for solver in Solver.known)]
+    tails += [f"{tails[-1]}+{solver}" for solver in BlockSolver.known]
+    return [name + tail for name in Method.known for tail in tails]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method by its full name, ready to run on one matrix after another."""
+    """A method by its full name, ready to run on one matrix after another, and on one block after another."""
 
     name: str
     method: Method
     solvers: tuple[Solver, ...]
+    block_solvers: tuple[BlockSolver, ...] = ()
 
     @staticmethod
     def parse(name: str) -> Recipe:
-        """Read "method" or "method+solver".
+        """Read "method", "method+solver", or more of them, those that work on whole blocks last.
 
         Raises
         ------
@@ -117,9 +149,21 @@ class Recipe:
             On an unknown name; it suggests the nearest.
         """
         head, *tails = str(name).split("+")
-        if head not in Method.known or any(tail not in Solver.known for tail in tails):
+        sites = [tail for tail in tails if tail in Solver.known]
+        blocks = [tail for tail in tails if tail in BlockSolver.known]
+        if head not in Method.known or tails != sites + blocks:
             raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
-        return Recipe(name, Method.known[head](), tuple(Solver.known[tail]() for tail in tails))
+        return Recipe(
+            name,
+            Method.known[head](),
+            tuple(Solver.known[tail]() for tail in sites),
+            tuple(BlockSolver.known[tail]() for tail in blocks),
+        )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot run without calibration."""
+        return bool(self.needs or self.block_solvers)
 
     @property
     def needs(self) -> tuple[str, ...]:

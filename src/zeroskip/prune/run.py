@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zeroskip.calibrate import (
@@ -18,11 +20,13 @@ from zeroskip.calibrate import (
     Journal,
     Replay,
     SharingError,
+    Teacher,
     find_blocks,
     read_batches,
     sites_of,
     text_batches,
 )
+from zeroskip.calibrate.journal import generator
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site, select_sites, unwrapped
 from zeroskip.prune.report import Report, Row
@@ -132,14 +136,14 @@ def prune(
         raise ZeroskipError("give calibration= or text=, not both")
     if text is not None:
         calibration = text_batches(model, text, tokenizer, plan.settings["seed"])
-    if plan.recipe.needs and calibration is None:
+    if plan.recipe.needs_data and calibration is None:
         raise ZeroskipError(
             f"method {plan.recipe.name!r} needs data: give calibration= batches, or text= and tokenizer="
         )
 
     report = Report(plan.settings, skipped=skipped)
     with _evaluating(model):
-        if plan.recipe.needs:
+        if plan.recipe.needs_data:
             _calibrated(model, plan, sites, blocks, calibration, journal, report, progress)
         else:
             _plainly(model, plan, sites, blocks, journal, report, progress)
@@ -181,8 +185,9 @@ def _plainly(
     for index, block in enumerate(blocks):
         _tell(progress, index, len(blocks), block)
         inside = sites_of(block, sites)
-        if not _resumed(book, index, inside, report):
-            _finish(plan, inside, dict.fromkeys((site.name for site in inside), (0, {})), book, index, report)
+        if not _resumed(book, index, model, report):
+            rows = _pruned(plan, inside, dict.fromkeys((site.name for site in inside), (0, {})))
+            _finish(book, index, model, block, rows, report)
     _tell(progress, len(blocks), len(blocks), None)
 
 
@@ -206,12 +211,18 @@ def _calibrated(
         # Lists whose items are used but never called: their sites, where called, are blocks of their own.
         replay = Replay(model, [*replay.order, *(Block(s.name, s.module, s.name) for s in lost)], batches, replay.seed)
     last = max((i for i, block in enumerate(replay.order) if sites_of(block, sites)), default=-1)
+    teacher = Teacher(replay) if plan.recipe.block_solvers else None
     for index, block in enumerate(replay.order[: last + 1]):
         _tell(progress, index, last + 1, block)
         inside = sites_of(block, sites)
-        if not _resumed(book, index, inside, report):
+        if teacher is not None:
+            teacher.learn(block)
+        if not _resumed(book, index, model, report):
             seen = collect(replay, block, inside, plan.recipe.needs) if inside else {}
-            _finish(plan, inside, seen, book, index, report)
+            rows = _pruned(plan, inside, seen)
+            if teacher is not None and rows:
+                rows[0].notes += _taught(plan, replay, block, inside, teacher)
+            _finish(book, index, model, block, rows, report)
         if index < last:
             replay.advance(block)
     _tell(progress, last + 1, last + 1, None)
@@ -232,11 +243,10 @@ def collect(
     replay: Replay, block: Block, sites: list[Site], needs: tuple[str, ...], share: bool = True
 ) -> dict[str, tuple[int, dict[str, Tensor]]]:
     """Return {site: (tokens, statistics)} of the sites of one block over all batches."""
-    two_towers = bool(getattr(getattr(replay.model, "config", None), "is_encoder_decoder", False))
     running = 0
 
     def visible(x: Tensor) -> Tensor | None:
-        return replay.batches[running].visible(x, replay.arguments, two_towers)
+        return replay.batches[running].visible(x, replay.arguments, replay.two_towers)
 
     collector = Collector(sites, needs, visible, share)
     try:
@@ -251,36 +261,39 @@ def collect(
         collector.close()
 
 
-def _resumed(book: Journal | None, index: int, sites: list[Site], report: Report) -> bool:
-    """Write the weights that the journal holds for this block, if it does."""
+def _pruned(plan: Plan, sites: list[Site], seen: Mapping[str, tuple[int, dict[str, Tensor]]]) -> list[Row]:
+    """Prune the sites of a block; those that saw no token stay as they are."""
+    return [
+        prune_site(site, plan, seen[site.name][1], seen[site.name][0])
+        for site in sites
+        if seen[site.name][0] or not plan.recipe.needs_data
+    ]
+
+
+def _taught(plan: Plan, replay: Replay, block: Block, sites: list[Site], teacher: Teacher) -> list[str]:
+    """Let the block solvers work on a pruned block."""
+    draw = generator(plan.settings["seed"], block.name, torch.device("cpu"))
+    lessons = [partial(teacher.lesson, block, index) for index in range(len(replay.batches))]
+    return [note for solver in plan.recipe.block_solvers for note in solver.refine(block, sites, lessons, draw)]
+
+
+def _resumed(book: Journal | None, index: int, model: nn.Module, report: Report) -> bool:
+    """Write the parameters that the journal holds for this block, if it does."""
     found = book.load(index) if book is not None else None
     if found is None:
         return False
-    weights, rows = found
-    for site in sites:
-        if site.name in weights:
-            site.write(weights[site.name].to(site.weight().device))
+    values, rows = found
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
     report.rows += [Row(**row) for row in rows]
     return True
 
 
-def _finish(
-    plan: Plan,
-    sites: list[Site],
-    seen: dict[str, tuple[int, dict[str, Tensor]]],
-    book: Journal | None,
-    index: int,
-    report: Report,
-) -> None:
-    """Prune the sites of a block, write them, and record them."""
-    rows: list[Row] = []
-    weights: dict[str, Tensor] = {}
-    for site in sites:
-        tokens, stats = seen[site.name]
-        if plan.recipe.needs and not tokens:
-            continue
-        row, weights[site.name] = prune_site(site, plan, stats, tokens)
-        rows.append(row)
+def _finish(book: Journal | None, index: int, model: nn.Module, block: Block, rows: list[Row], report: Report) -> None:
+    """Record a finished block."""
     if book is not None:
-        book.record(index, weights, [asdict(row) for row in rows])
+        inside = {id(parameter) for parameter in block.module.parameters()} if rows else set()
+        values = {name: value for name, value in model.named_parameters() if id(value) in inside}
+        book.record(index, values, [asdict(row) for row in rows])
     report.rows += rows

@@ -18,8 +18,8 @@ __all__ = ["prune_site"]
 
 
 @torch.no_grad()
-def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int) -> tuple[Row, Tensor]:
-    """Prune one site in place; return its row of the report and the weight that was written."""
+def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int) -> Row:
+    """Prune one site in place; return its row of the report."""
     started = time.perf_counter()
     old = site.weight().float()
     new = torch.empty_like(old)
@@ -38,7 +38,7 @@ def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int)
             after += _energy(weight - new[group], part["gram"])
     site.write(new)
     written = site.weight()
-    row = Row(
+    return Row(
         name=site.name,
         shape=list(site.shape),
         pattern=plan.pattern.name,
@@ -50,7 +50,6 @@ def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int)
         seconds=time.perf_counter() - started,
         notes=notes,
     )
-    return row, written
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
