@@ -320,6 +320,7 @@ SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nbytes": (_set("sites", "up", "nbytes", to=1 << 60), "site up: nbytes"),
     "other nbytes": (_set("sites", "up", "nbytes", to=128), r"up.weight: is int8 .* where int8 \[128\] was stored"),
     "bias": (_set("sites", "up", "bias", to="__class__"), "site up: bias"),
+    "bias missing": (lambda info: info["sites"]["up"].pop("bias"), "site up: bias is missing"),
     "no bias": (_set("sites", "up", "bias", to=None), "up.bias: a Plain has no such tensor"),
     "activation": (_set("sites", "up", "activation", to="eval"), "site up: activation"),
     "transposed": (_set("sites", "up", to=_DENSE | {"transposed": True}), "stored transposed"),

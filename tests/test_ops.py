@@ -109,6 +109,16 @@ def test_what_is_not_packed_is_refused() -> None:
         zs.linear(weight_of("csr"), torch.ones(2, K))  # type: ignore[arg-type]
 
 
+def test_a_blob_that_claims_the_tallest_strip_unpacks_in_little_memory() -> None:
+    weight = torch.ones(16, K)
+    weight[:, ::2] = 0.0
+    blob = zs.pack(weight, "strip_nm").blob.clone()
+    blob[56:60] = torch.frombuffer(bytearray((1 << 30).to_bytes(4, "little")), dtype=torch.int8)
+    found = _core.hash_blob(blob.data_ptr(), blob.numel())
+    blob[40:48] = torch.frombuffer(bytearray(found.to_bytes(8, "little")), dtype=torch.int8)
+    assert torch.equal(zs.unpack(zs.Packed.from_blob(blob)), weight)
+
+
 # Choosing a kernel
 
 

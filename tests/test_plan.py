@@ -204,6 +204,7 @@ def a_plan() -> Plan:
 def test_plan_round_trip(tmp_path: Path) -> None:
     plan = a_plan()
     plan.save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert Plan.load(tmp_path / "plan.json") == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]

@@ -1,5 +1,6 @@
 """A run that is killed goes on from its journal to the same bits."""
 
+import errno
 import json
 import os
 import signal
@@ -113,6 +114,25 @@ def test_what_is_no_journal_is_left_alone(tmp_path):
     with pytest.raises(ZeroskipError, match="is a file"):
         prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_gets_one_line_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    real, syncs = os.fsync, []
+
+    def fsync(file):
+        syncs.append(file)
+        if len(syncs) == 5:  # each file is synced, and its directory: the head, the first block, then this one
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ZeroskipError, match=r"00001\.safetensors: cannot be written: the disk is full") as caught:
+        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["00000.safetensors", "journal.json"]
+    prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+    with pytest.raises(ZeroskipError, match="cannot be made"):
+        prune(llama(), "magnitude", pattern="2:4", journal="/proc/none/j")
 
 
 def test_damage_gets_one_line(tmp_path):

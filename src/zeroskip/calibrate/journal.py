@@ -12,6 +12,7 @@ the same number of threads).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -52,7 +53,8 @@ class Journal:
     Raises
     ------
     ZeroskipError
-        If `path` is a file or a directory of something else, or a journal of another recipe, model or data.
+        If `path` is a file or a directory of something else, or a journal of another recipe, model or data, or cannot
+        be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], model: nn.Module, recipe: Mapping[str, Any], batches: list[Batch]):
@@ -68,6 +70,8 @@ class Journal:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise ZeroskipError(f"journal {self.path} is a file: name a directory") from None
+        except OSError as error:
+            raise ZeroskipError(f"journal {self.path} cannot be made: {error.strerror or error}") from error
         if head.exists():
             try:
                 found = json.loads(head.read_text())
@@ -102,11 +106,16 @@ class Journal:
 
     def _write(self, path: Path, content: bytes) -> None:
         beside = path.with_name(path.name + ".new")
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
+            raise ZeroskipError(f"{path}: cannot be written: {why}; the blocks finished before it are kept") from error
         directory = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(directory)

@@ -72,7 +72,8 @@ class StripNM(Format):
         columns = sections[0].view(-1, kept).long() + chunk
         compact = from_panels(sections[1], header.m, kept, header.values)
         weight = torch.zeros(header.m, header.k, dtype=compact.dtype)
-        return weight.scatter_(1, columns.repeat_interleave(header.strip, dim=0)[: header.m], compact)
+        rows = min(header.strip, header.m)  # a blob may claim any height
+        return weight.scatter_(1, columns.repeat_interleave(rows, dim=0)[: header.m], compact)
 
     def pattern(self, header: Header) -> str:
         return f"{header.n}:{header.group}@{header.strip}"

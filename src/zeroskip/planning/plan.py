@@ -210,8 +210,11 @@ class Plan:
         """Write the plan as JSON; an older file at `path` is replaced only once the new one is complete."""
         target = Path(path)
         beside = target.with_name(target.name + ".partial")
-        beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        beside.replace(target)
+        try:
+            beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
