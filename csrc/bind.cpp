@@ -12,6 +12,7 @@
 #include "blob.h"
 #include "handles.h"
 #include "isa.h"
+#include "roofline/roofline.h"
 #include "table.h"
 #include "threads.h"
 
@@ -102,6 +103,18 @@ std::vector<std::pair<std::string, std::optional<std::string>>> isa_rows() {
   return rows;
 }
 
+int64_t multiply_add(bool bf16, int64_t rounds, int threads) {
+  if (rounds < 0 || threads < 1) throw std::invalid_argument("rounds or thread count out of range");
+  nb::gil_scoped_release release;
+  return zs::multiply_add(bf16, rounds, threads);
+}
+
+void read_once(uintptr_t data, int64_t nbytes, int threads) {
+  if (nbytes < 0 || threads < 1) throw std::invalid_argument("size or thread count out of range");
+  nb::gil_scoped_release release;
+  zs::read_once(reinterpret_cast<const float*>(data), nbytes, threads);
+}
+
 Names all_kernels() {
   Names names;
   for (int i = 0; i < zs::kernel_count(); ++i) names.push_back(zs::kernel_at(i)->name);
@@ -125,4 +138,6 @@ NB_MODULE(_core, module) {
   module.def("isa_active", [] { return std::string(zs::isa::name(zs::isa::active())); });
   module.def("isa_limit", [](const std::string& row) { return zs::isa::limit(row.c_str()); });
   module.def("all_kernels", &all_kernels);
+  module.def("multiply_add", &multiply_add, nb::arg("bf16"), nb::arg("rounds"), nb::arg("threads"));
+  module.def("read_once", &read_once, nb::arg("data"), nb::arg("nbytes"), nb::arg("threads"));
 }

@@ -32,6 +32,13 @@ class Buffer {
   int64_t size_ = 0;
 };
 
+// Calls body(thread, of how many) on each of `threads` threads.
+template <typename Body>
+inline void on_each(int threads, const Body& body) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+
 // Runs the call on `threads` threads. Each output element is computed by one unit in one order, so the result does
 // not depend on the number of threads.
 inline void run(const Kernel& kernel, Call call, int threads) {

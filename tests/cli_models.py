@@ -8,12 +8,14 @@ SOME = "return the a list of in order name key file item open read line raise an
 WORDS = [*SOME.split(" "), *(f"word{number}" for number in range(30))]
 
 
+def shorter(race):
+    """The race with next to no time."""
+    return lambda runners, **given: race(runners, **given | {"budget_s": 0.01, "min_rounds": 1})
+
+
 def shorten_races(monkeypatch) -> None:
     """Let compilation time little, for tests where it does not matter what wins."""
     from zeroskip.planning import break_even, measure, whole
-
-    def shorter(race):
-        return lambda runners, **given: race(runners, **given | {"budget_s": 0.01, "min_rounds": 1})
 
     for module in (break_even, measure, whole):
         monkeypatch.setattr(module, "race", shorter(module.race))

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_models import shorten_races, write_decoder, write_encoder
+from cli_models import shorten_races, shorter, write_decoder, write_encoder
 from typer.testing import CliRunner
 
 from zeroskip.cli import app, main, process
 from zeroskip.cli.process import cpu_limit, openmp_runtimes
 from zeroskip.cli.terminal import progress
 
-COMMANDS = ["info", "analyze", "prune", "compile", "run", "bench kernels", "demo"]
+COMMANDS = ["info", "analyze", "prune", "compile", "run", "bench kernels", "bench peers", "bench report", "demo"]
 LINES = "return the list\nopen a file and read a line\n\nraise an error\n"
 
 
@@ -163,28 +163,17 @@ def test_info_tells_rows_and_limits(tmp_path):
     assert len(told["openmp"]) == 1 and told["warnings"] == []  # torch's runtime is ours
 
 
-def test_bench_kernels_gives_a_time_only_to_right_results(monkeypatch, tmp_path):
-    from zeroskip.bench import kernels
+def test_info_measures_the_roofline(monkeypatch, tmp_path):
+    from zeroskip.bench import roofline
 
-    right = kernels.layouts
-
-    def doubled(*asked):
-        found, refused = right(*asked)
-        for layout in (layout for layout in found if layout.format == "dense"):
-            layout.copies = lambda *which, copies=layout.copies: [
-                lambda x, call=call: 2 * call(x) for call in copies(*which)
-            ]
-        return found, refused
-
-    monkeypatch.setattr(kernels, "layouts", doubled)
-    monkeypatch.setattr(kernels, "QUICK", ((kernels.Case(64, 64, "8:16@64", 0.5),), (1, 4)))
-    result = cli("bench", "kernels", "--quick", "--json", tmp_path / "bench.json")
+    monkeypatch.setattr(roofline, "_sizes", lambda threads: {"L2": 1 << 16, "memory": 1 << 18})
+    monkeypatch.setattr(roofline, "race", shorter(roofline.race))
+    result = cli("info", "--json", tmp_path / "info.json")
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    wrong = [row for row in rows if row["kernel"].startswith("spmm_dense")]
-    assert wrong and all(row["ms"] is None and row["problem"] for row in wrong)
-    assert any(row["kernel"].startswith("spmm_strip_nm") and row["ms"] > 0 for row in rows)
-    assert "WRONG" in result.stdout
+    measured = json.loads((tmp_path / "info.json").read_text())["roofline"]
+    assert measured[0]["threads"] == 1 and measured[0]["peak_gflop_per_s"]["fp32"] > 0
+    assert [level["name"] for level in measured[0]["read"]] == ["L2", "memory"]
+    assert "1 thread: peak fp32" in result.stdout
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

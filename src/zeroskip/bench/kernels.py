@@ -1,146 +1,142 @@
-"""A table of kernels: each checked against the float64 oracle, then raced against every dense rival, weights cold."""
+"""A table of kernels: each checked against the float64 oracle, then raced against dense rivals and peers, weights cold.
+
+Between two uses of one copy of a weight, a runner's other copies alone cover what the model touches in one step (or
+`cold_bytes`, if that is less). Peers are timed in their own processes, in turns with ours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
 
-from zeroskip.planning.candidates import layouts
-from zeroskip.planning.measure import Measured, measure_layouts, runner_name
-from zeroskip.prune.patterns import Pattern
+from zeroskip.bench import peers
+from zeroskip.bench.contest import Contest
+from zeroskip.bench.peers.environments import missing
+from zeroskip.bench.peers.remote import PeerError, PeerProcess
+from zeroskip.bench.results import KernelTable
+from zeroskip.bench.roofline import rooflines
+from zeroskip.bench.suites import Case, suite
+from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.formats import names as format_names
+from zeroskip.planning.machine import this_machine
 
-__all__ = ["FULL", "QUICK", "Case", "KernelTable", "Row", "bench_kernels"]
+__all__ = ["Settings", "bench_kernels"]
 
-
-@dataclass(frozen=True)
-class Case:
-    """A weight [m, k] of random numbers, zeros chosen by magnitude under a pattern."""
-
-    m: int
-    k: int
-    pattern: str
-    sparsity: float
-
-    def weight(self) -> Tensor:
-        """fp32 [m, k], the same numbers each time; they and their zeros are exact in bf16."""
-        generator = torch.Generator().manual_seed(self.m * 31 + self.k)
-        dense = torch.randn(self.m, self.k, generator=generator).bfloat16().float()
-        keep = Pattern.parse(self.pattern).select(dense.abs(), self.sparsity)
-        return dense * keep
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel on one case at one token count.
+class Settings:
+    """What to benchmark, and how thoroughly.
 
-    `ms` is None where the kernel's output failed the oracle (`problem` says how). `against_linear` and `against_dense`
-    are ratios of medians: how many times faster than nn.Linear in the weight's own dtype, and than the fastest dense.
+    Attributes
+    ----------
+    suite : str
+    threads : tuple of int
+    tokens : tuple of int
+        Empty: the suite's own.
+    peers : tuple of str
+    formats : tuple of str
+        Our formats that take part; empty: all. `dense` always does.
+    cold_bytes : int
+        No runner's copies need to cover more.
+    race_s : float
+        Seconds after which a race ends, once it has its least number of rounds.
+    minutes : float or None
+        No case is begun after these; the others are named as left out.
+    quick : bool
+        The suite's first two cases, and its first and last but one token count.
     """
 
-    kernel: str
-    layout: str
-    m: int
-    k: int
-    pattern: str
-    sparsity: float
-    tokens: int
-    ms: float | None
-    gflops: float | None
-    against_linear: float | None
-    against_dense: float | None
-    problem: str | None = None
+    suite: str = "llm"
+    threads: tuple[int, ...] = (1,)
+    tokens: tuple[int, ...] = ()
+    peers: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    cold_bytes: int = 256 << 20
+    race_s: float = 2.0
+    minutes: float | None = None
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            if name not in format_names():
+                raise ZeroskipError(f"unknown format {name!r}{suggest(name, format_names())}")
+        for name in self.peers:
+            if name not in peers.names():
+                raise ZeroskipError(f"unknown peer {name!r}{suggest(name, peers.names())}")
+        for what, counts in (("threads", self.threads), ("tokens", self.tokens)):
+            if any(count < 1 for count in counts):
+                raise ZeroskipError(f"{what} {counts}: each is at least 1")
+        if not self.threads:
+            raise ZeroskipError("no thread counts: give at least one, such as 1")
+
+    def cases(self) -> tuple[Case, ...]:
+        cases = suite(self.suite).cases
+        return cases[:2] if self.quick else cases
+
+    def token_counts(self) -> tuple[int, ...]:
+        counts = self.tokens or suite(self.suite).tokens
+        return tuple(sorted({counts[0], counts[-1]} if self.quick else set(counts)))
 
 
-@dataclass
-class KernelTable:
-    """What `bench_kernels` found; `str` is the table."""
-
-    rows: list[Row] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) for row in self.rows]}
-
-    def __str__(self) -> str:
-        from zeroskip.planning.report import table
-
-        head = ["kernel", "storage", "shape", "zeros", "tokens", "ms", "GFLOP/s", "x nn.Linear", "x best dense"]
-        lines = table(head, map(_cells, self.rows))
-        lines += [
-            "GFLOP/s counts non-zero weights only; nn.Linear is torch's in fp32; best dense is the fastest dense row.",
-            "Weights are cold, kernels interleaved, ratios are ratios of medians.",
-        ]
-        return "\n".join(lines)
-
-
-def _cells(row: Row) -> list[str]:
-    case = [row.kernel, row.layout, f"{row.m}x{row.k}", f"{row.pattern} {row.sparsity:.0%}", str(row.tokens)]
-    if row.ms is None:
-        return [*case, "-", "-", "-", f"WRONG: {row.problem}"]
-    return [*case, f"{row.ms:.3f}", f"{row.gflops:.1f}", f"{row.against_linear:.2f}", f"{row.against_dense:.2f}"]
-
-
-def _cases(shapes: tuple[tuple[int, int], ...]) -> tuple[Case, ...]:
-    kinds = (("8:16@64", 0.5), ("unstructured", 0.5), ("unstructured", 0.9))
-    return tuple(Case(m, k, pattern, sparsity) for m, k in shapes for pattern, sparsity in kinds)
-
-
-QUICK = (_cases(((1024, 1024),)), (1, 128))
-FULL = (_cases(((1024, 1024), (1536, 384), (4096, 1024), (1024, 4096))), (1, 16, 128, 1024))
-
-
-def bench_kernels(
-    quick: bool = True, progress: Callable[[int, int, str], None] = lambda done, total, name: None
-) -> KernelTable:
-    """Race the kernels of the registry.
+def bench_kernels(settings: Settings, progress: Progress = lambda done, total, name: None) -> KernelTable:
+    """Run a benchmark.
 
     Parameters
     ----------
-    quick : bool
-        One shape, two token counts, and of each format the kernel of the highest ISA row only.
+    settings : Settings
     progress : callable
-        Told (cases done, cases in all, the next case).
+        Told (cases done, cases in all, what comes next).
+
+    Raises
+    ------
+    ZeroskipError
+        On an unknown suite.
     """
-    cases, tokens = QUICK if quick else FULL
-    found = KernelTable()
-    for done, case in enumerate(cases):
-        progress(done, len(cases), f"{case.m}x{case.k} {case.pattern}")
-        found.rows += _measure(case, tokens, quick)
+    cases, before = settings.cases(), torch.get_num_threads()
+    until = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    found = KernelTable(settings.suite, str(this_machine()), asdict(settings) | {"tokens": settings.token_counts()})
+    try:
+        with ExitStack() as stack:
+            running = dict(_start(settings.peers, stack, found))
+            progress(0, len(cases), "the limits of this machine")
+            found.rooflines = rooflines(settings.threads, 0.1 if settings.quick else 0.3)
+            for done, case in enumerate(cases):
+                if until is not None and time.monotonic() > until:
+                    found.left_out += map(str, cases[done:])
+                    break
+                contest = Contest(case, settings.formats, settings.cold_bytes, settings.race_s, running)
+                for threads in settings.threads:
+                    torch.set_num_threads(threads)
+                    for tokens in settings.token_counts():
+                        progress(done, len(cases), f"{case}, {tokens} tokens, {threads} threads")
+                        found.rows += contest.rows(tokens, found.roofline(threads))
+                contest.close()
+    finally:
+        torch.set_num_threads(before)
     progress(len(cases), len(cases), "")
     return found
 
 
-def _measure(case: Case, tokens: tuple[int, ...], quick: bool) -> Iterator[Row]:
-    weight = case.weight()
-    module = nn.Linear(case.k, case.m, bias=False)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    candidates, _ = layouts(module, weight, None, ("fp32", "bf16"), max(tokens))
-    if quick:
-        for layout in candidates:
-            layout.kernels = layout.kernels[:1]
-    measured = measure_layouts(
-        candidates, weight, None, tokens=tokens, working_set_bytes=64 << 20, budget_s=0.3 if quick else 1.0
-    )
-    for count in tokens:
-        yield from _rows(case, measured, count)
-
-
-def _rows(case: Case, measured: Measured, tokens: int) -> Iterator[Row]:
-    seen = measured.races[tokens]
-    dense = [name for layout in measured.layouts if layout.dense for name in measured.runners(layout.label, tokens)]
-    best, linear = seen.fastest(dense), runner_name(measured.layouts[0], measured.layouts[0].kernels[0])
-    nonzeros = round(case.m * case.k * (1 - case.sparsity))
-    for layout in measured.layouts:
-        for kernel in layout.kernels:
-            name = runner_name(layout, kernel)
-            same = (kernel, layout.label, case.m, case.k, case.pattern, case.sparsity, tokens)
-            if name in measured.wrong:
-                yield Row(*same, None, None, None, None, measured.wrong[name])
+def _start(asked: Sequence[str], stack: ExitStack, found: KernelTable) -> Iterator[tuple[str, PeerProcess]]:
+    """Start the workers of the peers that are there; write down who takes part and who does not."""
+    for name in asked:
+        reason = missing(name)
+        try:
+            if reason is None:
+                process = stack.enter_context(PeerProcess(name))
+                found.peers[name] = process.version()
+                yield name, process
                 continue
-            seconds = seen.median(name)
-            work = 2e-9 * tokens * (case.m * case.k if layout.dense else nonzeros)
-            ratios = (seen.ratio(linear, name).value, seen.ratio(best, name).value)
-            yield Row(*same, seconds * 1e3, work / seconds, *ratios)
+        except (PeerError, OSError) as error:
+            reason = str(error)
+        log.warning("peer %s does not take part: %s", name, reason)
+        found.peers[name] = str(reason)
+        found.missing.append(name)

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from zeroskip.cli.process import cpu_limit, openmp_runtimes
-from zeroskip.cli.terminal import Json, command, say, step, write_json
+from zeroskip.cli.terminal import Json, command, progress, say, write_json
 
 __all__ = ["info"]
 
 
 @command("info", "zeroskip info --json machine.json")
 def info(
-    roofline: Annotated[bool, typer.Option(help="Measure peak arithmetic and read bandwidth (a few seconds).")] = True,
+    roofline: Annotated[bool, typer.Option(help="Measure peak arithmetic and read bandwidth at 1 and all threads (seconds).")] = True,
     json_path: Json = None,
 ) -> None:
     """Show version, CPU, the instruction sets (ISA rows) in use, threads, limits and the measured roofline."""
@@ -24,10 +24,19 @@ def info(
     write_json(json_path, facts)
     width = max(map(len, facts))
     for name, value in facts.items():
-        if name != "warnings":
+        if name == "roofline":
+            _show_rooflines(value, width)
+        elif name != "warnings":
             say(f"{name:<{width}}  {_text(value)}")
     for warning in facts["warnings"]:
         say(f"warning: {warning}")
+
+
+def _show_rooflines(measured: list[dict[str, Any]], width: int) -> None:
+    from zeroskip.bench.roofline import Roofline
+
+    for at, one in enumerate(measured):
+        say(f"{'' if at else 'roofline':<{width}}  {Roofline.from_dict(one)}")
 
 
 def collect(roofline: bool) -> dict[str, Any]:
@@ -53,10 +62,11 @@ def collect(roofline: bool) -> dict[str, Any]:
         "warnings": _warnings(limit, runtimes, torch.get_num_threads()),
     }
     if roofline:
-        from zeroskip.bench.roofline import roofline as measure_roofline
+        from zeroskip.bench.roofline import rooflines
 
-        with step("measuring the roofline"):
-            facts["roofline"] = measure_roofline().to_dict()
+        most = len(os.sched_getaffinity(0)) if limit is None else max(1, int(limit))
+        with progress("measuring the roofline") as advance:
+            facts["roofline"] = [one.to_dict() for one in rooflines(sorted({1, most}), progress=advance)]
     return facts
 
 

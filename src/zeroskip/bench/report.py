@@ -1,0 +1,125 @@
+"""A benchmark of kernels as text for the terminal, and as Markdown for docs/performance.md."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from zeroskip.bench.results import KernelTable, Row, Spread
+from zeroskip.planning.report import table
+
+__all__ = ["markdown", "text"]
+
+LEGEND = (
+    "ms: median time of one product; GFLOP/s: on the non-zeros, and as if dense",
+    "% peak: of the multiply-adds measured in registers (of the non-zeros where zeros are skipped)",
+    "% read: stored bytes by that time, of the read bandwidth measured from memory; small layers may stay in caches",
+    "x: how many times faster; median of the ratios of each round, in parentheses the middle half of them",
+    "best dense: the fastest dense layout, torch's or ours, whose values are as wide or wider",
+)
+SUMMARY = "each number is the geometric mean over the cases, in parentheses the lowest"
+COLUMNS = ("linear fp32", "linear bf16", "best dense")
+
+
+def text(found: KernelTable) -> str:
+    """Return the table as plain text."""
+    lines = [f"{found.suite} on {found.machine}", *_limits(found), ""]
+    for title, rows in _groups(found.rows):
+        lines += [title, *table(_head(), _cells(rows)), ""]
+    return "\n".join([*lines, *LEGEND, *_absent(found)])
+
+
+def markdown(found: KernelTable, details: bool = False) -> str:
+    """Return the benchmark as Markdown.
+
+    A summary of our layouts over all cases with the same zeros; with `details` a table of every case after it.
+    """
+    lines = [f"### {found.suite}", "", f"{found.machine}.", "", *(f"- {line}" for line in _limits(found)), ""]
+    lines += [*_markdown_table(*_summary(found)), "", f"Times as fast as each column: {SUMMARY}.", ""]
+    if details:
+        for title, rows in _groups(found.rows):
+            lines += [f"**{title}**", "", *_markdown_table(_head(), _cells(rows)), ""]
+    return "\n".join([*lines, *(f"- {line}" for line in (*LEGEND, *_absent(found)))])
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for (case, tokens, threads), group in groupby(rows, lambda row: (row.case, row.tokens, row.threads)):
+        yield f"{case}, {_count(tokens, 'token')}, {_count(threads, 'thread')}", list(group)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def _limits(found: KernelTable) -> list[str]:
+    return [str(one) for one in found.rooflines]
+
+
+def _absent(found: KernelTable) -> list[str]:
+    lines = [f"peer {name}: {told}" for name, told in found.peers.items() if name not in found.missing]
+    lines += [f"peer {name} did not take part: {found.peers[name]}" for name in found.missing]
+    wrong = sorted({f"{row.layout}: {row.problem}" for row in found.rows if row.problem})
+    lines += [f"without a time: {line}" for line in wrong]
+    if found.left_out:
+        lines.append(f"no time was left for {_count(len(found.left_out), 'case')}: {'; '.join(found.left_out)}")
+    return lines
+
+
+def _head() -> list[str]:
+    versus = [f"x {name}" for name in (*COLUMNS, "best peer")]
+    return ["layout", "kernel", "MB", "ms", "GFLOP/s", "dense", "% peak", "% read", *versus]
+
+
+def _cells(rows: list[Row]) -> Iterator[list[str]]:
+    peers = [row.layout for row in rows if row.role == "peer"]
+    for row in rows:
+        head = [row.layout, row.kernel, f"{row.nbytes / 1e6:.2f}"]
+        if row.ms is None:
+            yield [*head, "none", *["-"] * 7, row.problem or ""]
+            continue
+        closest = min((p for p in peers if p in row.faster_than), key=lambda p: row.faster_than[p].value, default="")
+        numbers = (row.gflops, row.dense_gflops, row.peak_percent, row.bandwidth_percent)
+        versus = [_times(row.faster_than.get(name)) for name in (*COLUMNS, closest)]
+        yield [*head, f"{row.ms:.3f}", *map(_number, numbers), *versus[:-1], f"{versus[-1]} {closest}".strip()]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _times(spread: Spread | None) -> str:
+    return "-" if spread is None else f"{spread.value:.2f} ({spread.low:.2f}-{spread.high:.2f})"
+
+
+def _summary(found: KernelTable) -> tuple[list[str], list[list[str]]]:
+    """One line for each of our layouts, zeros, token and thread count; a column for each rival and peer."""
+    groups: dict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
+    for row in found.rows:
+        if row.role == "ours" and row.ms is not None:
+            # Dense layouts compute the same whatever the zeros.
+            zeros = "any" if row.dense else f"{row.pattern} {row.sparsity:.0%}"
+            groups[row.layout, zeros, row.tokens, row.threads].append(row)
+    seen = [name for row in found.rows for name in row.faster_than]
+    versus = [*dict.fromkeys([*(name for name in COLUMNS if name in seen), *sorted(set(seen))])]
+    header = ["layout", "zeros", "tokens", "threads", "cases", "% peak", "% read", *versus]
+    body = []
+    for (layout, zeros, tokens, threads), rows in sorted(groups.items()):
+        ratios = [[row.faster_than[name].value for row in rows if name in row.faster_than] for name in versus]
+        percents = [[row.peak_percent or 0.0 for row in rows], [row.bandwidth_percent or 0.0 for row in rows]]
+        numbers = [f"{math.fsum(values) / len(values):.0f}" for values in percents]
+        body.append([layout, zeros, str(tokens), str(threads), str(len(rows)), *numbers, *map(_mean, ratios)])
+    return header, body
+
+
+def _mean(ratios: list[float]) -> str:
+    if not ratios:
+        return "-"
+    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+    return f"{mean:.2f} ({min(ratios):.2f})"
+
+
+def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, *rows]]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
