@@ -27,6 +27,7 @@ from zeroskip.planning.measure import bound, runner_name
 __all__ = ["Contest", "Entry"]
 
 FEW_TOKENS = 8
+FREE = "unstructured"
 BATCH_S, RATE = 0.1, 40e9  # a batch lasts no longer than about this, if it computes at this rate
 ROUNDS = 9  # the least, unless they take several times longer than asked
 MEMORY_SHARE = 0.4  # of what is free, for all copies together
@@ -107,8 +108,8 @@ class Contest:
             for layout in found
             if not formats or layout.pattern is None or layout.format in formats or layout.format in DENSE_FORMATS
         ]
-        # A pattern's own formats stand for it; those that take any zeros are measured where the zeros are free.
-        own = [layout for layout in wanted if layout.pattern == self.case.zeros.pattern]
+        # Formats for a pattern stand for it; those that take any zeros are measured where the zeros are free.
+        own = [layout for layout in wanted if not layout.dense and layout.pattern != FREE]
         return [layout for layout in wanted if layout.dense or not own or layout in own]
 
     def _copies(self, nbytes: int) -> int:

@@ -16,7 +16,7 @@ __all__ = ["info"]
 
 @command("info", "zeroskip info --json machine.json")
 def info(
-    roofline: Annotated[bool, typer.Option(help="Measure peak arithmetic and read bandwidth at 1 and all threads (seconds).")] = True,
+    roofline: Annotated[bool, typer.Option(help="Measure arithmetic and bandwidth at 1 and all threads.")] = True,
     json_path: Json = None,
 ) -> None:
     """Show version, CPU, the instruction sets (ISA rows) in use, threads, limits and the measured roofline."""
