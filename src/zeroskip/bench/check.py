@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -12,20 +14,29 @@ from zeroskip.dense_layers import DTYPES
 from zeroskip.formats import Packed, unpack
 from zeroskip.planning.candidates import Call, Layout
 
-__all__ = ["Checker", "stored_weight"]
+__all__ = ["Checker", "Stored", "stored"]
 
 STEP = 1.05 / 254  # half a step of int8, relative to the largest of its group, and what the scale's rounding adds
 SCALES = 2.0**-10  # activations and weights whose scales are fp16
 
 
-def stored_weight(layout: Layout, weight: Tensor) -> Tensor:
-    """Return the fp32 weight [m, k] that a layout stands for: the given one, or what integer codes make of it."""
-    if layout.pattern is None or layout.values in DTYPES:
-        return weight
+@dataclass(frozen=True)
+class Stored:
+    """What a layout stores: the fp32 weight [m, k] that it stands for, and how it computes with it."""
+
+    weight: Tensor
+    mode: Mode
+
+
+def stored(layout: Layout, weight: Tensor) -> Stored:
+    """Return what a layout of ours or of torch stores: the given weight, or what integer codes make of it."""
+    if layout.values in DTYPES:
+        return Stored(weight, Mode(layout.values, 32, layout.values))
     blob = layout.install().weight
     if not isinstance(blob, Tensor):
-        return weight
-    return unpack(Packed.from_blob(blob.detach())).float()
+        return Stored(weight, Mode(layout.values, 32))
+    packed = Packed.from_blob(blob.detach())
+    return Stored(unpack(packed).float(), Mode(layout.values, 8, activation_group=packed.group_size))
 
 
 class Checker:
@@ -34,18 +45,20 @@ class Checker:
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Tensor, Oracle]] = {}
 
-    def ours(self, call: Call, x: Tensor, stands: Tensor, values: str) -> str | None:
+    def ours(self, call: Call, x: Tensor, what: Stored) -> str | None:
         """Return None if the layout's output for x [tokens, k] is right, else what is wrong with it."""
         try:
             y = call(x)
         except RuntimeError as error:
             return f"failed: {str(error).splitlines()[0]}"
-        return self._oracle(stands, x).problem(y, values)
+        if what.mode.activation_group is not None:
+            return self.theirs(y, x, what.weight, what.mode)
+        return self._oracle(what.weight, x).problem(y, what.mode.values)
 
     def theirs(self, y: Tensor, x: Tensor, stands: Tensor, mode: Mode) -> str | None:
-        """As `ours`, for a peer's y [tokens, m].
+        """As `ours`, for the y [tokens, m] of a peer or of integer weights.
 
-        Where the peer rounds activations to int8, the bound grows by half a step of each group's scale: the sum over
+        Where activations are rounded to int8, the bound grows by half a step of each group's scale: the sum over
         inputs of |w| times the largest |x| of the group / 254, and by 2^-10 |W| |x| for scales in fp16.
         """
         oracle = self._oracle(stands, x)
@@ -56,8 +69,8 @@ class Checker:
         relative = oracle.terms * EPS32 + (0.0 if mode.values == "fp32" else 2 * UNIT[DTYPES[mode.values]])
         bound = relative * oracle.magnitude + UNIT[torch.float32] * oracle.y.abs() + TINY
         if mode.activation_group is not None:
-            coarse = _largest_of_group(x[oracle.rows], mode.activation_group).double()
-            bound += SCALES * oracle.magnitude + STEP * (coarse @ stands.double().abs().t())
+            coarse = _largest_of_group(x[oracle.rows], mode.activation_group)
+            bound += SCALES * oracle.magnitude + STEP * (coarse @ stands.abs().t()).double()
         excess = float(((y[oracle.rows].double() - oracle.y).abs() / bound).max())
         return None if excess <= 1.0 else f"is off by {excess:.3g} times the bound"
 

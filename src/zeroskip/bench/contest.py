@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zeroskip.bench.check import Checker, stored_weight
+from zeroskip.bench.check import Checker, stored
 from zeroskip.bench.peers.base import Mode
 from zeroskip.bench.peers.remote import PeerError, PeerProcess, WorkClock
 from zeroskip.bench.results import Role, Row, Spread
@@ -75,7 +75,7 @@ class Contest:
             for kernel in layout.kernels
         }
         self.checker = Checker()
-        self.stands = {layout.label: stored_weight(layout, self.weight) for layout in self.layouts}
+        self.stored = {layout.label: stored(layout, self.weight) for layout in self.layouts}
 
     def close(self) -> None:
         """Drop the weights, here and in the peers' processes."""
@@ -131,7 +131,7 @@ class Contest:
                 name = runner_name(layout, kernel)
                 calls: list[Call] = self.calls[name]
                 with torch.inference_mode():
-                    problem = self.checker.ours(calls[0], x, self.stands[layout.label], layout.values)
+                    problem = self.checker.ours(calls[0], x, self.stored[layout.label])
                 if problem is None:
                     entry.runners[name] = kernel
                     runners[name] = [batch([bound(call, x) for call in calls], self._batch(len(calls), x), clock)]
