@@ -70,11 +70,11 @@ def site_problem(site: Any) -> str | None:
     """Return what is wrong with one entry of `describe_sites` that was read from a file, or None."""
     if not isinstance(site, dict):
         return f"a {type(site).__name__}, not an object"
-    if "bias" not in site:
-        return "bias is missing"
-    shape, bias, kind = site.get("shape"), site["bias"], site.get("kind")
+    shape, bias, kind = site.get("shape"), site.get("bias"), site.get("kind")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in shape):
         return f"shape {shape!r} is not two positive whole numbers"
+    if "bias" not in site:
+        return "bias is missing"
     if bias is not None and not is_float(bias):
         return f"bias {bias!r} is not a floating-point type"
     if kind == "dense":
