@@ -2,6 +2,7 @@
 # make test    the test suite, on every ISA row of this machine
 # make lint    ruff, mypy, clang-format
 # make wheel   a manylinux wheel in wheelhouse/, tested where there is no compiler
+# make performance   measure the kernels (half an hour, on a quiet machine) and write docs/performance.md
 # make clean   remove everything that these made
 #
 # Everything happens in .venv. Stamps in it say what is installed, so that a second run starts at once; the package is
@@ -17,7 +18,7 @@ listed  = $$($(BIN)/python tools/requirements.py $(1))
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
            $(shell find src csrc cmake -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel performance clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -46,6 +47,15 @@ wheel: $(DONE)/build $(DONE)/wheel
 	  wheelhouse/*.whl $(call listed,project.optional-dependencies.test)
 	@echo "testing the wheel with no compiler on the path"
 	env --ignore-environment HOME="$$HOME" PATH="$(CURDIR)/build/clean/bin" build/clean/bin/pytest -m kernels
+
+# With the peers that are installed: `.venv/bin/zeroskip bench peers`.
+performance: $(DONE)/package
+	@mkdir -p build
+	@set -e; for suite in llm:15 encoder:5 synthetic:5; do \
+	  $(BIN)/zeroskip bench kernels --suite $${suite%:*} --threads 1,2 --peers auto --budget $${suite#*:} \
+	    --json build/$${suite%:*}.json; \
+	  $(BIN)/zeroskip bench report build/$${suite%:*}.json --into docs/performance.md; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse demo-model demo-model.partial demo.json \

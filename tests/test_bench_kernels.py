@@ -227,6 +227,15 @@ def test_results_survive_json(tiny, tmp_path, monkeypatch):
         "peer mkl did not take part: not installed" in shown.stdout and "no time was left for 2 cases" in shown.stdout
     )
     assert "| mkl fp32 |  | 0.00 | none |" in cli("bench", "report", path, "--markdown", "--details").stdout
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- llm begin -->\nold\n<!-- llm end -->\nafter\n")
+    for _ in range(2):
+        assert cli("bench", "report", path, "--into", page).exit_code == 0
+        told = page.read_text()
+        assert told.startswith("before\n") and told.endswith("\nafter\n") and "old" not in told
+        assert told.count("| strip_nm bf16 |") == 1
+    page.write_text("nothing")
+    assert "has no place for llm" in refused("bench", "report", path, "--into", page)
     plain = cli("bench", "report", path).stdout
     assert "1.50 (1.40-1.60)" in plain and "gone" in plain
 

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from zeroskip.bench.results import KernelTable, Row, Spread
+from zeroskip.errors import ZeroskipError
 from zeroskip.planning.report import table
 
-__all__ = ["markdown", "text"]
+__all__ = ["insert", "markdown", "text"]
 
 LEGEND = (
     "ms: median time of one product; GFLOP/s: on the non-zeros, and as if dense",
@@ -42,6 +43,22 @@ def markdown(found: KernelTable, details: bool = False) -> str:
         for title, rows in _groups(found.rows):
             lines += [f"**{title}**", "", *_markdown_table(_head(), _cells(rows)), ""]
     return "\n".join([*lines, *(f"- {line}" for line in (*LEGEND, *_absent(found)))])
+
+
+def insert(page: str, found: KernelTable, details: bool = False) -> str:
+    """Return the page with the benchmark between ``<!-- SUITE begin -->`` and ``<!-- SUITE end -->``.
+
+    Raises
+    ------
+    ZeroskipError
+        Where the page has no such marks.
+    """
+    begin, end = (f"<!-- {found.suite} {mark} -->" for mark in ("begin", "end"))
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ZeroskipError(f"the page has no place for {found.suite}: put {begin} and {end} into it")
+    return f"{before}{begin}\n{markdown(found, details)}\n{end}{after}"
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:

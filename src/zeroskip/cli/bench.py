@@ -83,14 +83,20 @@ def report(
     path: Annotated[Path, typer.Argument(metavar="JSON", help="What `zeroskip bench kernels --json` wrote.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="A summary in Markdown.")] = False,
     details: Annotated[bool, typer.Option("--details", help="With --markdown: every case as well.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Put the Markdown between the suite's marks in this file.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Show the result of an earlier benchmark."""
+    from zeroskip.bench.report import insert
     from zeroskip.bench.report import markdown as as_markdown
     from zeroskip.bench.results import KernelTable
 
     found = KernelTable.read(path)
     write_json(json_path, found.to_dict())
+    if into is not None:
+        into.write_text(insert(into.read_text(encoding="utf-8"), found, details), encoding="utf-8")
     say(as_markdown(found, details) if markdown else found)
 
 
