@@ -249,7 +249,9 @@ def test_another_file_is_refused(tmp_path, content):
 
 def test_a_missing_peer_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ZEROSKIP_PEERS", str(tmp_path))
-    result = cli("bench", "kernels", "--quick", "--peers", "mkl,openvino", "--json", tmp_path / "out.json")
+    result = cli(
+        "bench", "kernels", "--suite", "llm", "--quick", "--peers", "mkl,openvino", "--json", tmp_path / "out.json"
+    )
     assert result.exit_code == 0, result.output
     told = json.loads((tmp_path / "out.json").read_text())
     assert told["missing"] == ["mkl", "openvino"] and "--install mkl" in told["peers"]["mkl"]

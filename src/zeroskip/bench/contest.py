@@ -29,6 +29,7 @@ __all__ = ["Contest", "Entry"]
 FEW_TOKENS = 8
 FREE = "unstructured"
 BATCH_S, RATE = 0.1, 40e9  # a batch lasts no longer than about this, if it computes at this rate
+BATCH_BYTES = 32 << 20  # a batch of ours reads no more than about this
 ROUNDS = 9  # the least, unless they take several times longer than asked
 MEMORY_SHARE = 0.4  # of what is free, for all copies together
 Calls = dict[str, list[Callable[[], object]]]
@@ -117,7 +118,7 @@ class Contest:
         return min(in_the_model, max(1, math.ceil(self.cold_bytes / max(nbytes, 1))))
 
     def _batch(self, copies: int, x: Tensor) -> int:
-        """Return how many multiplications make one sample: a batch over all copies, unless that takes long."""
+        """Return how many multiplications make one sample: as many as there are copies, unless that takes long."""
         if x.shape[0] <= FEW_TOKENS:
             return copies
         return min(copies, max(1, int(BATCH_S * RATE / (2.0 * self.weight.numel() * x.shape[0]))))
@@ -134,7 +135,10 @@ class Contest:
                     problem = self.checker.ours(calls[0], x, self.stored[layout.label])
                 if problem is None:
                     entry.runners[name] = kernel
-                    runners[name] = [batch([bound(call, x) for call in calls], self._batch(len(calls), x), clock)]
+                    few = min(
+                        len(calls), 1 + BATCH_BYTES // layout.nbytes
+                    )  # the next batch goes on with the next copies
+                    runners[name] = [batch([bound(call, x) for call in calls], self._batch(few, x), clock)]
                 else:
                     entry.problem = f"{kernel} {problem}"
             entries.append(entry)

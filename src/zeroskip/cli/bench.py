@@ -23,7 +23,7 @@ def _group() -> None:
 
 @command("kernels", "zeroskip bench kernels --suite llm --threads 1,2 --peers auto --budget 15 --json out.json", group)
 def kernels(
-    suite: Annotated[str, typer.Option(help="llm, encoder or synthetic.")] = "llm",
+    suite: Annotated[str, typer.Option(help="llm, encoder or synthetic; default: llm, with --quick encoder.")] = "",
     threads: Annotated[str, typer.Option(metavar="N,N", help="Thread counts; default: torch's.")] = "",
     tokens: Annotated[str, typer.Option(metavar="N,N", help="Token counts; default: the suite's.")] = "",
     peers: Annotated[str, typer.Option(help="auto (all that are installed), none, or names with commas.")] = "none",
@@ -43,7 +43,7 @@ def kernels(
     from zeroskip.bench.peers.environments import choose
 
     settings = Settings(
-        suite=suite,
+        suite=suite or ("encoder" if quick else "llm"),
         threads=_counts("--threads", threads) or (torch.get_num_threads(),),
         tokens=_counts("--tokens", tokens),
         peers=tuple(choose(peers)),
