@@ -13,7 +13,11 @@ from zeroskip.prune.base import Recipe
 from zeroskip.prune.numerics import cholesky, inverse, inverse_factor, unit_gram
 from zeroskip.prune.sparsegpt import RIDGE, sweep
 
-MOVING = [name for name, kind in Method.known.items() if kind.run is not Method.run]
+MOVING = [
+    name
+    for name, kind in Method.known.items()
+    if kind.run is not Method.run and "gram" in kind.needs and not kind.quantizes
+]
 PATTERNS = ["unstructured", "2:4", "4:8@7", "block:4x2", "block:1x4", "block:3x1"]
 
 
@@ -115,3 +119,16 @@ def test_more_inputs_than_tokens_and_equal_inputs_break_nothing(method):
     x[:, 5] = x[:, 6]
     solution = Recipe.parse(f"{method}+ls").run(problem(w, x, "2:4"))[1]
     assert torch.isfinite(solution.weight).all() and (solution.keep.view(24, 8, 4).sum(2) == 2).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.sampled_from(["unstructured", "2:4", "4:8"]))
+def test_dsnot_brings_the_mean_output_back_and_keeps_the_counts(seed, pattern):
+    w, x = layer(seed)
+    x = x + torch.randn(32, generator=torch.Generator().manual_seed(seed)) * x.std(0)  # the mean must not vanish
+    task = problem(w, x, pattern, tokens=len(x))
+    swapped, wanda = (Recipe.parse(name).run(task)[0].keep for name in ("dsnot", "wanda"))
+    assert torch.equal(swapped.sum(1), wanda.sum(1))
+    pull = w * x.mean(0)
+    before, after = ((pull * ~keep).sum(1).abs() for keep in (wanda, swapped))
+    assert (after <= before + 1e-5).all() and after.sum() < 0.9 * before.sum()

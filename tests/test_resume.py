@@ -13,7 +13,8 @@ import torch
 from tiny_models import batches, llama, t5
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.prune import Pattern, methods, prune
+from zeroskip.model import find_sites
+from zeroskip.prune import methods, prune
 from zeroskip.prune.base import Recipe
 
 HERE = Path(__file__).parent
@@ -84,13 +85,17 @@ def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, ki
 def test_every_method_resumes_after_any_number_of_blocks(tmp_path, method):
     model, again, path = llama(), llama(), tmp_path / "journal"
     given = {"sparsity": 0.4, "calibration": batches("llama", 2), "journal": path}
-    if not Recipe.parse(method).method.serves(Pattern.parse("unstructured")):
-        given |= {"sparsity": None, "pattern": "4:8@16"}
+    if not Recipe.parse(method).method.chooses:
+        given["sparsity"] = None
     prune(model, method, **given)
     (path / "00002.safetensors").unlink()
     (path / "00001.safetensors").rename(path / "00001.safetensors.new")  # written, not yet in its place
     prune(again, method, **given)
     assert all(torch.equal(value, bits(again)[name]) for name, value in bits(model).items())
+    for one, two in zip(find_sites(model), find_sites(again), strict=True):
+        assert (one.scales is None) == (two.scales is None) and (
+            one.scales is None or torch.equal(one.scales, two.scales)
+        )
     finished = llama()
     prune(finished, method, **given)
     assert all(torch.equal(value, bits(finished)[name]) for name, value in bits(model).items())

@@ -129,6 +129,21 @@ class Site:
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    @property
+    def scales(self) -> Tensor | None:
+        """[groups, out, ceil(in / group)] where a solver has rounded the weight to integers times these, or None.
+
+        They are kept on the module, as `zeroskip_scales`, and no cast of the model touches them.
+        """
+        scales = getattr(self.module, "zeroskip_scales", None)
+        return scales if isinstance(scales, Tensor) else None
+
+    def keep_scales(self, scales: Tensor | None) -> None:
+        """Set or, with None, forget the scales of a weight that was just written."""
+        self.module.__dict__.pop("zeroskip_scales", None)
+        if scales is not None:
+            self.module.__dict__["zeroskip_scales"] = scales
+
     def weight(self) -> Tensor:
         """Return the weight [groups, out, in] in the model's dtype, a view where possible; do not write to it."""
         return self.adapter.weight(self.module)

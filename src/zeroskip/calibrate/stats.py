@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site
 
-__all__ = ["Collector", "Gram", "SharingError", "Stat", "SumOfSquares"]
+__all__ = ["Collector", "Gram", "SharingError", "Stat", "Sum", "SumOfSquares"]
 
 
 class Stat:
@@ -40,6 +40,16 @@ class Stat:
 
     def add(self, part: Tensor) -> None:
         self.total = part.clone() if self.total is None else self.total.add_(part)
+
+
+class Sum(Stat):
+    """Sum over tokens of x_j, [groups, in] fp32 (each batch summed in fp64)."""
+
+    name = "sum"
+
+    @staticmethod
+    def of(x: Tensor) -> Tensor:
+        return x.sum(1, dtype=torch.float64).float()
 
 
 class SumOfSquares(Stat):

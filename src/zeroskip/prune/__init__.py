@@ -5,7 +5,14 @@ from zeroskip.prune.magnitude import Magnitude  # isort: skip
 from zeroskip.prune.wanda import Wanda  # isort: skip
 from zeroskip.prune.sparsegpt import SparseGPT  # isort: skip
 from zeroskip.prune.admm import Admm  # isort: skip
+from zeroskip.prune.alps import Alps  # isort: skip
+from zeroskip.prune.fista import Fista  # isort: skip
+from zeroskip.prune.dsnot import DSnoT  # isort: skip
 from zeroskip.prune.obs import Obs  # isort: skip
+from zeroskip.prune.snip import Snip  # isort: skip
+from zeroskip.prune.grasp import Grasp  # isort: skip
+from zeroskip.prune.synflow import SynFlow  # isort: skip
+from zeroskip.prune.gptq import Gptq, SparseGPTQ  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver, methods
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
@@ -15,6 +22,11 @@ from zeroskip.prune.tune import Tune
 
 __all__ = [
     "Admm",
+    "Alps",
+    "DSnoT",
+    "Fista",
+    "Gptq",
+    "Grasp",
     "LeastSquares",
     "Magnitude",
     "Method",
@@ -23,9 +35,12 @@ __all__ = [
     "Problem",
     "Random",
     "Report",
+    "Snip",
     "Solution",
     "Solver",
     "SparseGPT",
+    "SparseGPTQ",
+    "SynFlow",
     "Tune",
     "Wanda",
     "methods",

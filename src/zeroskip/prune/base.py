@@ -10,17 +10,63 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from zeroskip.calibrate import Block, Lesson
+from zeroskip.calibrate import Batch, Block, Lesson
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site
 from zeroskip.prune.patterns import Pattern, Scope
 
-__all__ = ["BlockSolver", "Lessons", "Method", "Problem", "Recipe", "Solution", "Solver", "methods"]
-
+__all__ = [
+    "BlockSolver",
+    "Integers",
+    "Lessons",
+    "Loss",
+    "Method",
+    "Problem",
+    "Recipe",
+    "Solution",
+    "Solver",
+    "Survey",
+    "methods",
+]
 
 Lessons = Sequence[Callable[[], Lesson | None]]
+
+Loss = Callable[[object, Batch], Tensor]
+"""(what the model returned, the batch) -> a scalar."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What weights are rounded to: `values` "int8" or "int4", one scale for `group_size` inputs of a row."""
+
+    values: str
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The whole model before anything moved, for methods that look at it as a whole.
+
+    Attributes
+    ----------
+    model : nn.Module
+        In eval mode; to be left as it was found.
+    sites : list of Site
+    batches : list of Batch
+        Empty where no calibration was given.
+    loss : callable or None
+        The user's.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+    batches: Sequence[Batch]
+    loss: Loss | None
+    pattern: Pattern
+    sparsity: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,9 +80,14 @@ class Problem:
     weight : Tensor
         [out, in] fp32; not modified.
     stats : mapping of str to Tensor
-        The statistics that were collected: "sumsq" [in], "gram" [in, in] (names in `zeroskip.calibrate.stats`).
+        The statistics that were collected: "sum", "sumsq" [in], "gram" [in, in] (names in
+        `zeroskip.calibrate.stats`), and what the method's survey found.
     generator : torch.Generator
         On the weight's device, seeded from the run's seed and the site's name.
+    tokens : int
+        How many tokens the statistics saw.
+    integers : Integers or None
+        For methods that quantise.
     """
 
     name: str
@@ -45,34 +96,67 @@ class Problem:
     sparsity: float
     stats: Mapping[str, Tensor]
     generator: torch.Generator
+    tokens: int = 0
+    integers: Integers | None = None
 
 
 @dataclass
 class Solution:
-    """What to write: `weight` [out, in] fp32, zero where `keep` [out, in] bool is False, and remarks for the report."""
+    """What to write.
+
+    Attributes
+    ----------
+    keep : Tensor
+        [out, in] bool.
+    weight : Tensor
+        [out, in] fp32, zero where `keep` is False.
+    notes : list of str
+        Remarks for the report.
+    scales : Tensor or None
+        [out, ceil(in / group_size)] fp16 or fp32, where every weight is an integer times the scale of its group.
+    """
 
     keep: Tensor
     weight: Tensor
     notes: list[str] = field(default_factory=list)
+    scales: Tensor | None = None
 
 
 class Method:
     """A way to choose the zeros. A subclass sets `name`, `needs`, `scope` and writes `score`.
 
     A method that moves weights while it chooses (OBS sweeps, ADMM) overrides `run` instead.
+
+    Attributes
+    ----------
+    chooses : bool
+        False where the zeros are those that the weight has: no sparsity is asked then.
+    quantizes : bool
+        Whether its solutions have scales.
+    surveys : bool
+        Whether `survey` is to be called, with the batches where `batched`.
     """
 
     known: ClassVar[dict[str, type[Method]]] = {}
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[Scope] = "tensor"
+    chooses: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = False
+    surveys: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        Method.known[cls.name] = cls
+        if "name" in cls.__dict__:
+            Method.known[cls.name] = cls
 
     def serves(self, pattern: Pattern) -> bool:
         """Whether the method can choose zeros of this pattern."""
         return True
+
+    def survey(self, survey: Survey) -> dict[str, dict[str, Tensor]]:
+        """Look at the whole model before it is pruned; return {site: {statistic: [groups, ...]}}."""
+        raise NotImplementedError
 
     def score(self, problem: Problem) -> Tensor:
         """Return [out, in] fp32, the larger the more worth keeping."""
@@ -126,8 +210,8 @@ class BlockSolver:
 def methods() -> list[str]:
     """Return the names that `prune` takes: every method alone, with every solver, and with all of them behind it."""
     tails = ["", *(f"+{solver}" for solver in Solver.known)]
-    tails += [f"{tails[-1]}+{solver}" for solver in BlockSolver.known]
-    return [name + tail for name in Method.known for tail in tails]
+    more = [f"{tails[-1]}+{solver}" for solver in BlockSolver.known]
+    return [name + tail for name, kind in Method.known.items() for tail in (tails if kind.quantizes else tails + more)]
 
 
 @dataclass(frozen=True)
@@ -148,11 +232,15 @@ class Recipe:
         ZeroskipError
             On an unknown name; it suggests the nearest.
         """
-        head, *tails = str(name).split("+")
+        heads = [known for known in Method.known if f"{name}+".startswith(f"{known}+")]
+        head = max(heads, key=len, default="")
+        tails = [tail for tail in str(name)[len(head) :].split("+") if tail]
         sites = [tail for tail in tails if tail in Solver.known]
         blocks = [tail for tail in tails if tail in BlockSolver.known]
-        if head not in Method.known or tails != sites + blocks:
+        if not head or tails != sites + blocks:
             raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
+        if blocks and Method.known[head].quantizes:
+            raise ZeroskipError(f"method {name!r}: {blocks[0]!r} would move weights off their integers; leave it out")
         return Recipe(
             name,
             Method.known[head](),
@@ -163,7 +251,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot run without calibration."""
-        return bool(self.needs or self.block_solvers)
+        return bool(self.needs or self.block_solvers or self.method.batched)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -174,7 +262,9 @@ class Recipe:
     def run(self, problem: Problem) -> tuple[Solution, Solution]:
         """Return (after the method, after the solvers)."""
         first = last = self.method.run(problem)
-        if bool(first.keep.all()):  # nothing went, so nothing need be made up for, nor rounded on the way
+        if first.scales is None and bool(
+            first.keep.all()
+        ):  # nothing went, so nothing need be made up for, nor rounded on the way
             first = Solution(first.keep, problem.weight, first.notes)
             return first, first
         for solver in self.solvers:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zeroskip.prune.base import Problem, Solution, Solver
 from zeroskip.prune.numerics import cholesky, precision, unit_gram
+from zeroskip.prune.scales import refit_scales
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class LeastSquares(Solver):
     needs = ("gram",)
 
     def refine(self, problem: Problem, solution: Solution) -> Solution:
+        if solution.scales is not None:
+            return refit_scales(problem, solution)
         unit, scale = unit_gram(problem.stats["gram"])  # a dead input: its row of G is zero, so its weights stay
         lost = (problem.weight - solution.weight) * scale
         solve = by_strips if problem.pattern.rows > 1 else by_rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.calibrate import (
+    Batch,
     Block,
     Collector,
     Journal,
@@ -29,6 +30,7 @@ from zeroskip.calibrate import (
 from zeroskip.calibrate.journal import generator
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site, select_sites, unwrapped
+from zeroskip.prune.base import Loss, Survey
 from zeroskip.prune.report import Report, Row
 from zeroskip.prune.settings import Plan, check_sites, read_plan
 from zeroskip.prune.site import prune_site
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 OUTSIDE = "outside the blocks; name it in include= to prune it"
 UNSEEN = "saw no calibration token"
+SCALES = "scales"
 
 
 def prune(
@@ -51,7 +54,9 @@ def prune(
     text: str | os.PathLike[str] | Iterable[str] | None = None,
     tokenizer: Any = None,
     recipe: Mapping[str, Any] | None = None,
-    loss: Callable[..., Tensor] | None = None,
+    loss: Loss | None = None,
+    values: str | None = None,
+    group_size: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = ("lm_head",),
     journal: str | os.PathLike[str] | None = None,
@@ -77,9 +82,14 @@ def prune(
     text, tokenizer : optional
         Instead of `calibration`: see `zeroskip.calibrate.text_batches`.
     recipe : dict, optional
-        {"method", "pattern", "sparsity", "include", "exclude", "seed"}, any of them, instead of the arguments.
-    loss : None
-        For methods that need gradients; none is here yet.
+        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size"}, any of them, instead
+        of the arguments.
+    loss : callable, optional
+        (model's output, `zeroskip.calibrate.Batch`) -> scalar, for methods that need gradients (snip, grasp). A
+        causal language model has a default: the next token's cross-entropy.
+    values, group_size : optional
+        For methods that quantise (gptq, sparsegpt+gptq): "int4" (the default) or "int8", and how many inputs of a row
+        share a scale: 32, 64 (the default) or 128. The scales stay with the module as `zeroskip_scales`.
     include, exclude : patterns, optional
         Globs on site names, "re:..." for regular expressions: see `zeroskip.model.find_sites`. Sites outside the
         blocks are pruned only where `include` names them.
@@ -114,9 +124,11 @@ def prune(
         "include": include,
         "exclude": exclude,
         "seed": seed,
+        "values": values,
+        "group_size": group_size,
     }
     plan = read_plan(given, recipe)
-    if loss is not None:
+    if loss is not None and not plan.recipe.method.batched:
         raise ZeroskipError(
             f"loss= is for methods that need gradients, which {plan.recipe.name!r} does not: leave it out"
         )
@@ -142,11 +154,21 @@ def prune(
         )
 
     report = Report(plan.settings, skipped=skipped)
+    batches: list[Batch] = []
+    surveys = plan.recipe.method.surveys
+    if plan.recipe.needs_data or (surveys and calibration is not None):
+        one_logit = not surveys and all(block.name != block.group for block in blocks)
+        batches = read_batches(model, calibration, one_logit)
     with _evaluating(model):
+        book = Journal(journal, model, plan.settings, batches) if journal is not None else None
+        found: dict[str, dict[str, Tensor]] = {}
+        if surveys:
+            seed = plan.settings["seed"]
+            found = plan.recipe.method.survey(Survey(model, sites, batches, loss, plan.pattern, plan.sparsity, seed))
         if plan.recipe.needs_data:
-            _calibrated(model, plan, sites, blocks, calibration, journal, report, progress)
+            _calibrated(model, plan, sites, blocks, batches, found, book, report, progress)
         else:
-            _plainly(model, plan, sites, blocks, journal, report, progress)
+            _plainly(model, plan, sites, blocks, found, book, report, progress)
     if not report.rows:
         raise ZeroskipError(f"nothing was pruned: every site {UNSEEN}; give data that reaches the model's blocks")
     order = {site.name: index for index, site in enumerate(sites)}
@@ -176,18 +198,18 @@ def _plainly(
     plan: Plan,
     sites: list[Site],
     blocks: list[Block],
-    journal: str | os.PathLike[str] | None,
+    found: dict[str, dict[str, Tensor]],
+    book: Journal | None,
     report: Report,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
-    """Prune without data."""
-    book = Journal(journal, model, plan.settings, []) if journal is not None else None
+    """Prune without running blocks."""
     for index, block in enumerate(blocks):
         _tell(progress, index, len(blocks), block)
         inside = sites_of(block, sites)
-        if not _resumed(book, index, model, report):
-            rows = _pruned(plan, inside, dict.fromkeys((site.name for site in inside), (0, {})))
-            _finish(book, index, model, block, rows, report)
+        if not _resumed(book, index, model, inside, report):
+            rows = _pruned(plan, inside, {site.name: (0, found.get(site.name, {})) for site in inside})
+            _finish(book, index, model, block, inside, rows, report)
     _tell(progress, len(blocks), len(blocks), None)
 
 
@@ -196,14 +218,13 @@ def _calibrated(
     plan: Plan,
     sites: list[Site],
     blocks: list[Block],
-    calibration: Any,
-    journal: str | os.PathLike[str] | None,
+    batches: list[Batch],
+    found: dict[str, dict[str, Tensor]],
+    book: Journal | None,
     report: Report,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
     """Prune block after block, each on what the pruned blocks before it give."""
-    batches = read_batches(model, calibration, one_logit=all(block.name != block.group for block in blocks))
-    book = Journal(journal, model, plan.settings, batches) if journal is not None else None
     replay = Replay(model, blocks, batches, plan.settings["seed"])
     called = {site.name for block in replay.order for site in sites_of(block, sites)}
     lost = [site for site in sites if site.name not in called]
@@ -217,12 +238,13 @@ def _calibrated(
         inside = sites_of(block, sites)
         if teacher is not None:
             teacher.learn(block)
-        if not _resumed(book, index, model, report):
+        if not _resumed(book, index, model, inside, report):
             seen = collect(replay, block, inside, plan.recipe.needs) if inside else {}
+            seen = {name: (tokens, stats | found.get(name, {})) for name, (tokens, stats) in seen.items()}
             rows = _pruned(plan, inside, seen)
             if teacher is not None and rows:
                 rows[0].notes += _taught(plan, replay, block, inside, teacher)
-            _finish(book, index, model, block, rows, report)
+            _finish(book, index, model, block, inside, rows, report)
         if index < last:
             replay.advance(block)
     _tell(progress, last + 1, last + 1, None)
@@ -277,23 +299,35 @@ def _taught(plan: Plan, replay: Replay, block: Block, sites: list[Site], teacher
     return [note for solver in plan.recipe.block_solvers for note in solver.refine(block, sites, lessons, draw)]
 
 
-def _resumed(book: Journal | None, index: int, model: nn.Module, report: Report) -> bool:
+def _resumed(book: Journal | None, index: int, model: nn.Module, sites: list[Site], report: Report) -> bool:
     """Write the parameters that the journal holds for this block, if it does."""
     found = book.load(index) if book is not None else None
     if found is None:
         return False
     values, rows = found
+    scales = {site.name: values.pop(f"{site.name}:{SCALES}", None) for site in sites}
     with torch.no_grad():
         for name, value in values.items():
             model.get_parameter(name).copy_(value)
+    for site in sites:
+        site.keep_scales(scales[site.name])
     report.rows += [Row(**row) for row in rows]
     return True
 
 
-def _finish(book: Journal | None, index: int, model: nn.Module, block: Block, rows: list[Row], report: Report) -> None:
-    """Record a finished block."""
+def _finish(
+    book: Journal | None,
+    index: int,
+    model: nn.Module,
+    block: Block,
+    sites: list[Site],
+    rows: list[Row],
+    report: Report,
+) -> None:
+    """Record a finished block: its parameters, and the scales of the sites that are quantised."""
     if book is not None:
         inside = {id(parameter) for parameter in block.module.parameters()} if rows else set()
         values = {name: value for name, value in model.named_parameters() if id(value) in inside}
-        book.record(index, values, [asdict(row) for row in rows])
+        scales = {f"{site.name}:{SCALES}": site.scales for site in sites if site.scales is not None}
+        book.record(index, values | scales, [asdict(row) for row in rows])
     report.rows += rows

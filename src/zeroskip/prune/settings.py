@@ -11,8 +11,9 @@ import torch
 
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site, site_patterns
-from zeroskip.prune.base import Recipe
+from zeroskip.prune.base import Integers, Recipe
 from zeroskip.prune.patterns import Pattern
+from zeroskip.quantize import GROUPS, LIMIT
 
 __all__ = ["Plan", "check_sites", "read_plan"]
 
@@ -23,6 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "include": None,
     "exclude": ("lm_head",),
     "seed": 0,
+    "values": None,
+    "group_size": None,
 }
 
 
@@ -34,6 +37,7 @@ class Plan:
     recipe: Recipe
     pattern: Pattern
     sparsity: float
+    integers: Integers | None
 
 
 def read_plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> Plan:
@@ -58,8 +62,30 @@ def read_plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> Plan:
         raise ZeroskipError(
             f"method {composition.name!r} cannot serve pattern {pattern.name!r}: take another of either"
         )
-    settings["sparsity"] = _sparsity(settings["sparsity"], pattern)
-    return Plan(settings, composition, pattern, settings["sparsity"])
+    if composition.method.chooses:
+        settings["sparsity"] = sparsity = _sparsity(settings["sparsity"], pattern)
+    elif settings["sparsity"] is None:
+        sparsity = 0.0
+    else:
+        raise ZeroskipError(f"method {composition.name!r} keeps the zeros that are there: leave sparsity out")
+    integers = _integers(composition, settings["values"], settings["group_size"])
+    if integers is not None:
+        settings["values"], settings["group_size"] = integers.values, integers.group_size
+    return Plan(settings, composition, pattern, sparsity, integers)
+
+
+def _integers(recipe: Recipe, values: Any, group_size: Any) -> Integers | None:
+    if not recipe.method.quantizes:
+        if values is not None or group_size is not None:
+            raise ZeroskipError(f"method {recipe.name!r} does not quantise: leave values and group_size out")
+        return None
+    values = "int4" if values is None else values
+    group_size = 64 if group_size is None else group_size
+    if values not in LIMIT:
+        raise ZeroskipError(f"unknown integer type {values!r}" + suggest(str(values), LIMIT))
+    if group_size not in GROUPS:
+        raise ZeroskipError(f"group_size is {group_size!r}: one scale serves 32, 64 or 128 inputs")
+    return Integers(values, int(group_size))
 
 
 def _sparsity(sparsity: Any, pattern: Pattern) -> float:

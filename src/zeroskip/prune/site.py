@@ -22,33 +22,38 @@ def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int)
     """Prune one site in place; return its row of the report."""
     started = time.perf_counter()
     old = site.weight().float()
+    asked = plan.sparsity if plan.recipe.method.chooses else float((old == 0).double().mean())
     new = torch.empty_like(old)
     draw = generator(plan.settings["seed"], site.name, old.device)
     notes: list[str] = []
+    scales: list[Tensor] = []
     before = after = total = 0.0
     for group, weight in enumerate(old):
         part = {name: value[group] for name, value in stats.items()}
-        problem = Problem(site.name, weight, plan.pattern, plan.sparsity, part, draw)
+        problem = Problem(site.name, weight, plan.pattern, plan.sparsity, part, draw, tokens, plan.integers)
         first, last = plan.recipe.run(problem)
         new[group] = last.weight.masked_fill(~last.keep, 0.0)
         notes += last.notes
+        if last.scales is not None:
+            scales.append(last.scales)
         if "gram" in part:
             total += _energy(weight, part["gram"])
             before += _energy(weight - first.weight, part["gram"])
             after += _energy(weight - new[group], part["gram"])
     site.write(new)
+    site.keep_scales(torch.stack(scales) if scales else None)
     written = site.weight()
     return Row(
         name=site.name,
         shape=list(site.shape),
         pattern=plan.pattern.name,
-        sparsity_asked=plan.sparsity,
+        sparsity_asked=asked,
         sparsity=float((written == 0).double().mean()),
         error_before=before / total if total else None,
         error=after / total if total else None,
         tokens=tokens,
         seconds=time.perf_counter() - started,
-        notes=notes,
+        notes=list(dict.fromkeys(notes)),
     )
 
 
