@@ -79,7 +79,7 @@ def loss_of(survey: Survey, batch: Batch, temperature: float = 1.0) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ZeroskipError(f"loss= returned {_what(loss)}: give a function of (output, batch) that returns a scalar")
     if not bool(torch.isfinite(loss).all()):
-        raise ZeroskipError(f"the loss of a calibration batch is {float(loss):g}; check the data and the loss")
+        raise ZeroskipError(f"the loss of a calibration batch is {float(loss.detach()):g}; check the data and the loss")
     if not loss.requires_grad:
         raise ZeroskipError("the loss does not depend on the weights: compute it from the model's output")
     return loss.reshape(())
