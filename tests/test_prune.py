@@ -30,12 +30,16 @@ def serves(method, pattern):
     return Recipe.parse(method).method.serves(Pattern.parse(pattern))
 
 
+# Solvers of whole blocks do the same after every method, and are tried after one.
+NAMES = [name for name in methods() if not Recipe.parse(name).block_solvers or name.startswith("wanda")]
+
+
 def chooses(method):
     return Recipe.parse(method).method.chooses
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", NAMES)
 def test_a_method_that_cannot_serve_a_pattern_says_so(method, pattern):
     if serves(method, pattern):
         return
@@ -47,7 +51,7 @@ def test_a_method_that_cannot_serve_a_pattern_says_so(method, pattern):
 
 
 @pytest.mark.parametrize(
-    ("method", "pattern"), [(m, p) for m in methods() for p in PATTERNS if serves(m, p) and chooses(m)]
+    ("method", "pattern"), [(m, p) for m in NAMES for p in PATTERNS if serves(m, p) and chooses(m)]
 )
 def test_every_method_in_every_pattern(method, pattern):
     model, sparsity = llama(), PATTERNS[pattern]
@@ -122,7 +126,7 @@ def test_wanda_is_its_formula():
 
 
 def test_sparsity_zero_is_the_identity():
-    for method in methods():
+    for method in NAMES:
         if not serves(method, "unstructured") or Recipe.parse(method).method.quantizes:
             continue
         model = llama()
@@ -263,6 +267,7 @@ WRONG = [
     ({"method": "gptq"}, "keeps the zeros that are there: leave sparsity out"),
     ({"method": "sparsegpt+gptq", "values": "int3"}, "unknown integer type 'int3'"),
     ({"method": "sparsegpt+gptq", "group_size": 48}, "32, 64 or 128"),
+    ({"method": "gptq+ls+tune", "sparsity": None}, "would move weights off their integers"),
     ({"method": "gptq+wanda", "sparsity": None}, "unknown method 'gptq\\+wanda'"),
     ({"method": "snip", "loss": lambda output, batch: output.logits}, "returned a tensor of shape"),
     ({"method": "grasp", "loss": lambda output, batch: 1.0}, "returned a float"),

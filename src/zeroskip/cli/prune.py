@@ -21,7 +21,7 @@ EXAMPLE = "zeroskip prune bert-base-uncased out --pattern 8:16@64 --text sentenc
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
-    method: Annotated[str, typer.Option(help="random, magnitude or wanda; with +ls kept weights are refitted.")] = (
+    method: Annotated[str, typer.Option(help="A name of zeroskip.methods(), such as wanda+ls, obs or alps.")] = (
         "wanda+ls"
     ),
     pattern: Annotated[str, typer.Option(help="unstructured, N:M, N:M@V or block:RxC.")] = "unstructured",
@@ -38,6 +38,8 @@ def prune(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No site of this name. Repeat. Default: lm_head.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    values: Annotated[str | None, typer.Option(help="int4 or int8, for gptq and sparsegpt+gptq.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = None,
     json_path: Json = None,
 ) -> None:
     """Prune MODEL and store it in OUT as an ordinary model with zeros in it.
@@ -54,7 +56,8 @@ def prune(
     # What can be refused without the model is refused before a large one is loaded.
     asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
     asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
-    if read_plan(asked, None).recipe.needs and text is None and calibration is None:
+    asked |= {"values": values, "group_size": group_size}
+    if read_plan(asked, None).recipe.needs_data and text is None and calibration is None:
         raise ZeroskipError(f"method {method!r} needs data: give --text FILE or --calibration FILE")
     batches = None if calibration is None else _read_batches(calibration)
     with step(f"loading {model}"):
