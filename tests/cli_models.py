@@ -1,11 +1,45 @@
-"""Model directories with tokenizers for the tests of the command line; everything random, nothing downloaded."""
+"""The command line as the tests call it, and model directories with tokenizers; all random, nothing downloaded."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from typer.testing import CliRunner
+
+from zeroskip.cli import app
 
 SOME = "return the a list of in order name key file item open read line raise an error"
 WORDS = [*SOME.split(" "), *(f"word{number}" for number in range(30))]
+
+
+def cli(*words, **options):
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def refused(*words, **options):
+    """Run it, check that it was refused as bad input in one line, and return the line."""
+    result = cli(*words, **options)
+    *steps, line = result.stderr.splitlines()
+    assert result.exit_code == 2, result.stderr
+    assert line.startswith("zeroskip: "), result.stderr
+    assert not any(step.startswith("zeroskip: ") or "Traceback" in step for step in steps)
+    return line
+
+
+def zeroskip_process(*words, script=None, **environment):
+    """Start the command line in a process of its own."""
+    what = ["-c", script] if script else ["-m", "zeroskip", *map(str, words)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, *what],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
+    )
 
 
 def shorter(race):

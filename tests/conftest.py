@@ -44,3 +44,37 @@ def data() -> Callable[[str], Path]:
         return DATA / name
 
     return folder
+
+
+@pytest.fixture
+def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let compilation time little."""
+    from cli_models import shorten_races
+
+    shorten_races(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small encoder; not to be written to."""
+    from cli_models import write_encoder
+
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small language model; not to be written to."""
+    from cli_models import write_decoder
+
+    return write_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of sentences in the words that those two know."""
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(
+        "\n\n".join(f"return the {word} of a list in order" for word in ("name", "key", "file", "item") * 4)
+    )
+    return path

@@ -90,3 +90,22 @@ def answer(model: Any) -> Tensor:
     with torch.inference_mode():
         output: Tensor = model(input_ids=ids, **more)[0]
     return output
+
+
+IDS = torch.arange(12)
+KINDS = ("strip_nm", "dense")
+
+
+def plain(kinds: tuple[str, ...] | None = KINDS) -> Plain:
+    """Return the module that is not from the hub, with layers of these kinds, or as it is."""
+    torch.manual_seed(0)
+    model = Plain().eval()
+    if kinds is not None:
+        pack_sites(model, kinds=kinds)
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two of them give the same bits."""
+    with torch.inference_mode():
+        return torch.equal(one(IDS), other(IDS))

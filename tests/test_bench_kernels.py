@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from cli_models import shorter
-from test_cli import cli, refused
+from cli_models import cli, refused, shorter
 
 from zeroskip.bench import contest, kernels, suites
 from zeroskip.bench.contest import Contest, batch, paired
