@@ -78,10 +78,22 @@ def test_too_few_pairs_is_an_error(docs):
         data.split(docs=docs)
 
 
-def test_the_standard_library_gives_a_thousand_pairs():
-    split = data.split(0)
-    assert len(split.pairs) == 1000
-    assert len(split.calibration) == 512
+def test_the_standard_library_gives_a_thousand_pairs_for_every_seed():
+    docs = data.docstrings()
+    for seed in range(6):
+        split = data.split(seed, docs=docs)
+        assert len(split.pairs) == 1000
+        assert len(split.calibration) == 1536
+
+
+def test_no_large_module_decides_what_calibrates():
+    docs = [data.Docstring("large", f"Large {i}.") for i in range(90)] + [
+        data.Docstring(f"small{j}", f"Small {j} {i}.") for j in range(9) for i in range(10)
+    ]
+    for seed in range(4):
+        split = data.split(seed, test_pairs=0, texts=30, docs=docs)
+        most = len(split.calibration_modules)
+        assert sum("Large" in text for text in split.calibration) <= -(-30 // most)
 
 
 class Words(torch.nn.Module):

@@ -18,13 +18,14 @@ def demo(
         Path("demo-model")
     ),
     seed: Annotated[int, typer.Option(help="Which modules calibrate and which test.")] = 0,
+    speed: Annotated[bool, typer.Option(help="Time all rivals, or only measure quality and sizes.")] = True,
     json_path: Json = Path("demo.json"),
 ) -> None:
     """Take a pretrained sentence encoder, prune it at 50 %, and compare speed, size and quality with its dense self."""
     from zeroskip.demo.run import run
 
     with progress("demo") as advance:
-        result = run(out, seed=seed, progress=advance)
+        result = run(out, seed=seed, speed=speed, progress=advance)
     write_json(json_path, result.to_dict())
     say(result)
     say(f"written: {json_path}, {out}; next: echo 'Sort a list in place.' | zeroskip run {out}")

@@ -11,6 +11,7 @@ import ast
 import random
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,8 @@ def pairs(docs: list[Docstring]) -> list[Pair]:
     return out
 
 
-def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 512, docs: list[Docstring] | None = None) -> Split:
-    """Draw calibration modules until they hold a quarter of all docstrings; the other modules test.
+def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 1536, docs: list[Docstring] | None = None) -> Split:
+    """Draw calibration modules until they hold half of all docstrings; the others, which keep `test_pairs`, test.
 
     Parameters
     ----------
@@ -125,25 +126,38 @@ def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 512, docs: list
         When the test modules do not hold `test_pairs` pairs.
     """
     docs = docstrings() if docs is None else docs
-    counts: dict[str, int] = {}
-    for doc in docs:
-        counts[doc.module] = counts.get(doc.module, 0) + 1
+    every = pairs(docs)
+    texts_in, pairs_in = Counter(doc.module for doc in docs), Counter(pair.module for pair in every)
     rng = random.Random(seed)
-    modules = sorted(counts)
+    modules = sorted(texts_in)
     rng.shuffle(modules)
-    taken = held = 0
-    while held < len(docs) / 4:
-        held += counts[modules[taken]]
-        taken += 1
-    calibrating = set(modules[:taken])
-    test = [pair for pair in pairs(docs) if pair.module not in calibrating]
+    calibrating: set[str] = set()
+    held, left = 0, len(every)
+    for module in modules:
+        if held < len(docs) / 2 and left - pairs_in[module] >= test_pairs:
+            calibrating.add(module)
+            held, left = held + texts_in[module], left - pairs_in[module]
+    test = [pair for pair in every if pair.module not in calibrating]
     if len(test) < test_pairs:
         raise ZeroskipError(f"{len(test)} held-out docstring pairs, {test_pairs} asked for: ask for fewer")
-    calibration = [doc.text[: DOCUMENT_CHARS[1]] for doc in docs if doc.module in calibrating]
     drawn = rng.sample(test, test_pairs)  # before the texts, whose number then does not change the task
     return Split(
-        calibration=rng.sample(calibration, min(texts, len(calibration))),
+        calibration=_in_turns([doc for doc in docs if doc.module in calibrating], texts, rng),
         pairs=drawn,
         calibration_modules=sorted(calibrating),
-        test_modules=sorted(modules[taken:]),
+        test_modules=sorted(set(modules) - calibrating),
     )
+
+
+def _in_turns(docs: list[Docstring], texts: int, rng: random.Random) -> list[str]:
+    """Draw from one module after the other: a few large packages would else decide which words are seen."""
+    left: dict[str, list[str]] = {}
+    for doc in docs:
+        left.setdefault(doc.module, []).append(doc.text[: DOCUMENT_CHARS[1]])
+    for module in left.values():
+        rng.shuffle(module)
+    drawn: list[str] = []
+    while len(drawn) < min(texts, len(docs)):
+        drawn += [module.pop() for _, module in sorted(left.items()) if module]
+    rng.shuffle(drawn)
+    return drawn[:texts]
