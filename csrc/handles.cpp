@@ -35,7 +35,7 @@ std::vector<Bucket> default_buckets(const Header& header) {
   const Kernel* best = next_kernel(header, nullptr);
   if (!best) return {};
   if (!std::strcmp(best->isa, "amx"))
-    if (const Kernel* vector = next_kernel(header, best)) return {{3, vector}, {kOpen, best}};
+    if (const Kernel* vector = next_kernel(header, best)) return {{header.group_size ? 8 : 3, vector}, {kOpen, best}};
   return {{kOpen, best}};
 }
 

@@ -22,11 +22,13 @@ namespace amx {
     ZS_BARRIER;                           \
   } while (0)
 #define ZS_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+#define ZS_TILE_DOT_INT8(c, a, b) _tile_dpbssd(c, a, b)
 
-// All eight tiles: 16 rows of 64 bytes. Never assume that a configuration is still loaded: other libraries use the
-// tiles on the same threads.
+// All eight tiles: 16 rows of 64 bytes. With `inputs` of 32 (bytes), 4 and 5 have rows of 32 bytes and 6 and 7 have 8
+// rows, as operands of a product over 32 inputs. Never assume that a configuration is still loaded: other libraries use
+// the tiles on the same threads.
 struct Tiles {
-  Tiles() {
+  explicit Tiles(int inputs = 64) {
     struct alignas(64) {
       uint8_t palette, start_row, reserved[14];
       uint16_t bytes_per_row[16];
@@ -34,8 +36,8 @@ struct Tiles {
     } config = {};
     config.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      config.bytes_per_row[i] = 64;
-      config.rows[i] = 16;
+      config.bytes_per_row[i] = static_cast<uint16_t>(i == 4 || i == 5 ? inputs : 64);
+      config.rows[i] = static_cast<uint8_t>(i == 6 || i == 7 ? inputs / 4 : 16);
     }
     ZS_BARRIER;
     _tile_loadconfig(&config);

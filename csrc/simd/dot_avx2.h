@@ -28,16 +28,16 @@ inline i32 broadcast(const uint8_t* p) {
 template <int kTokens>
 inline void dot_int8(i32 (&acc)[kTokens][2], const uint8_t* codes, const uint8_t* x) {
   const i32 low = _mm256_set1_epi16(255);
+#pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) {
     const i32 first = load_codes(codes + q * 64), second = load_codes(codes + q * 64 + 32);
     const i32 even[2] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low)};
     const i32 odd[2] = {_mm256_srli_epi16(first, 8), _mm256_srli_epi16(second, 8)};
     for (int t = 0; t < kTokens; ++t) {
       const i32 x_even = broadcast(x + (q * kTokens + t) * 8), x_odd = broadcast(x + (q * kTokens + t) * 8 + 4);
-      for (int v = 0; v < 2; ++v) {
-        acc[t][v] = _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(even[v], x_even));
-        acc[t][v] = _mm256_add_epi32(acc[t][v], _mm256_madd_epi16(odd[v], x_odd));
-      }
+      for (int v = 0; v < 2; ++v)
+        acc[t][v] = _mm256_add_epi32(
+            acc[t][v], _mm256_add_epi32(_mm256_madd_epi16(even[v], x_even), _mm256_madd_epi16(odd[v], x_odd)));
     }
   }
 }
@@ -46,6 +46,7 @@ template <int kTokens>
 inline void dot_int4(i32 (&acc)[kTokens][2], const uint8_t* codes, const uint8_t* x) {
   const i32 nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   i32 part[kTokens][2];
+#pragma GCC unroll 4
   for (int p = 0; p < 4; ++p) {
     const i32 first = load_codes(codes + p * 64), second = load_codes(codes + p * 64 + 32);
     const i32 low[2] = {_mm256_and_si256(first, nibble), _mm256_and_si256(second, nibble)};

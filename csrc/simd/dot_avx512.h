@@ -17,6 +17,7 @@ inline void store_i8(int8_t* p, f32 v) {
 // acc[t] += weights times the t-th activation at x.
 template <int kTokens>
 inline void add_quads(i32 (&acc)[kTokens][1], i32 weights, const uint8_t* x) {
+#pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
     int32_t quad;
     __builtin_memcpy(&quad, x + t * 4, 4);
@@ -26,12 +27,14 @@ inline void add_quads(i32 (&acc)[kTokens][1], i32 weights, const uint8_t* x) {
 
 template <int kTokens>
 inline void dot_int8(i32 (&acc)[kTokens][1], const uint8_t* codes, const uint8_t* x) {
+#pragma GCC unroll 8
   for (int q = 0; q < 8; ++q) add_quads(acc, _mm512_loadu_si512(codes + q * 64), x + q * kTokens * 4);
 }
 
 template <int kTokens>
 inline void dot_int4(i32 (&acc)[kTokens][1], const uint8_t* codes, const uint8_t* x) {
   const i32 nibble = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
   for (int p = 0; p < 4; ++p) {
     const i32 both = _mm512_loadu_si512(codes + p * 64);
     add_quads(acc, _mm512_and_si512(both, nibble), x + p * kTokens * 8);

@@ -1,4 +1,4 @@
-// y = act(x W^T + b), dense: bf16 on the matrix unit, fp32 as on AVX-512.
+// y = act(x W^T + b), dense: bf16 and integers on the matrix unit, fp32 as on AVX-512.
 //
 // buffer   type          shape                           alignment
 // values   bf16          [m/16][k/32][16][16][2]         64: the stored panels, read as tiles
@@ -8,7 +8,7 @@
 // A unit is 64 rows: its weights (64 k bf16, 512 KB at k = 4096) stay in L2 while the tokens of the pass go by.
 #include "panel/amx.h"
 
-#include "kernels/spmm_dense/integers.h"
+#include "kernels/spmm_dense/integers_amx.h"
 #include "kernels/spmm_dense/vector.h"
 #include "panel/table.h"
 
@@ -44,8 +44,6 @@ void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratch) {
 
 ZS_KERNELS(ZS_ENTRY(dense, fp32, vector::geometry, vector::pack, vector::run<zs::Values::fp32>),
            ZS_ENTRY(dense, bf16, geometry, pack, run),
-           ZS_ENTRY(dense, int8, integers::geometry<zs::Values::int8>, integers::pack<zs::Values::int8>,
-                    integers::run<zs::Values::int8>),
-           ZS_ENTRY(dense, int4, integers::geometry<zs::Values::int4>, integers::pack<zs::Values::int4>,
-                    integers::run<zs::Values::int4>),
+           ZS_ENTRY(dense, int8, integer_tiles::geometry, integer_tiles::pack, integer_tiles::run<zs::Values::int8>),
+           ZS_ENTRY(dense, int4, integer_tiles::geometry, integer_tiles::pack, integer_tiles::run<zs::Values::int4>),
            ZS_END_OF_TABLE)
