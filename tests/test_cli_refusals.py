@@ -150,7 +150,7 @@ def test_weights_that_are_not_finite(encoder, tmp_path, bad):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--precision", "int4"), "'int4' comes with"),
+        (("--precision", "int5"), "did you mean 'int8'"),
         (("--precision", "bf61"), "did you mean 'bf16'"),
         (("--tokens", "0"), "at least 1"),
         (("--tokens", "one"), "--tokens 'one'"),

@@ -16,6 +16,8 @@ from torch import nn
 from zeroskip.compile import compile
 from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
+from zeroskip.formats import unpack
+from zeroskip.io import load, save
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import thaw
@@ -49,6 +51,23 @@ def test_compiled_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(races) == 2 * 2 + 1
     assert plan.checks[0].outcome == "kept" and plan.checks[0].ratios[0][0] == pytest.approx(2.0)
     assert "strip_nm fp32" in str(plan)
+
+
+def test_integers_compete_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inject(monkeypatch, prefer("dense int4"), {"dense": 2.0, "compiled": 1.0})
+    net = compile(Net(), tokens=(1, 6), precision="int4", example_inputs=X)
+    plan = plan_of(net)
+    assert [site.label for site in plan.sites] == ["dense int4"] * 3
+    assert {"dense int8", "dense int4", "dense bf16", "strip_nm fp32"} <= set(plan.sites[0].times_ms)
+    assert "stores no int4" in plan.sites[0].excluded["strip_nm int4"]
+    want = Net()
+    for name in ("first", "second", "third"):
+        weight = unpack(getattr(net, name).packed)
+        assert weight.dtype == torch.float32 and not torch.equal(weight, getattr(want, name).weight)
+        getattr(want, name).weight.data = weight
+    assert close(net(X), want(X), 0.02)  # activations are rounded to 127 steps
+    save(net, tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out", model=Net())(X), net(X))
 
 
 def test_an_unpruned_model_stays_dense_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +236,6 @@ def test_bad_input() -> None:
         ({"tokens": ()}, "tokens is empty"),
         ({"tokens": (0,)}, "at least 1"),
         ({"tokens": (-4,)}, "at least 1"),
-        ({"precision": "int8"}, "low-bit"),
         ({"precision": "bf61"}, "did you mean 'bf16'"),
         ({"plan": 3}, "plan is a int"),
         ({"plan": "/nowhere/plan.json"}, "cannot read a plan"),

@@ -163,11 +163,13 @@ def test_tokens() -> None:
 
 def test_precision() -> None:
     assert check_precision(None) is None and check_precision("bf16") == "bf16"
-    for name, message in (("int4", "comes with"), ("fp23", "did you mean 'fp32'"), (16, "give None")):
+    for name, message in (("int5", "did you mean 'int"), ("fp23", "did you mean 'fp32'"), (16, "give None")):
         with pytest.raises(ZeroskipError, match=message):
             check_precision(name)  # type: ignore[arg-type]
     assert allowed_values(torch.float32, None) == ("fp32",)
     assert allowed_values(torch.float32, "bf16") == ("fp32", "bf16")
+    assert allowed_values(torch.float32, "int8") == ("fp32", "bf16", "int8")
+    assert allowed_values(torch.bfloat16, "int4") == ("bf16", "int8", "int4")
     assert allowed_values(torch.bfloat16, None) == ("bf16",)
     assert allowed_values(torch.bfloat16, "fp32") == ("bf16", "fp32")
     assert allowed_values(torch.float16, None) == ()

@@ -90,7 +90,7 @@ def analyze(
         A model on the CPU, pruned or not, compiled or not; or a directory with one.
     tokens : sequence of int, or mapping from int to weight
         Token counts, as for `zs.compile`.
-    precision : None, "fp32" or "bf16"
+    precision : None, "fp32", "bf16", "int8" or "int4"
         As for `zs.compile`.
     budget_s : float
         Seconds of timing for each distinct site, and for each format of each distinct shape, at each token count.

@@ -61,7 +61,7 @@ def compile(
         torch.compile, which takes the time of compiling twice.
     tokens : sequence of int, or mapping from int to weight
         The token counts to be good at, or how often each occurs.
-    precision : None, "fp32" or "bf16"
+    precision : None, "fp32", "bf16", "int8" or "int4"
         None keeps the precision of the weights. Else storage and compute down to it compete too, dense and sparse
         alike; activations keep their dtype between the layers. fp16 weights stay dense unless one is given.
     example_inputs : tensor, tuple of arguments or dict of keyword arguments, optional

@@ -2,13 +2,16 @@
 
 The bound per element is (k eps + u_w + u_x) (|W| |x| + |b|) + u_y |y| + tiny: accumulation in fp32 over k terms, the
 rounding of weights and activations where they are stored or multiplied in bf16, the rounding of the result to its
-dtype. `tiny` covers the units that flush subnormals.
+dtype. `tiny` covers the units that flush subnormals. A kernel of integers is held against the weight that its codes
+say; it rounds each group of activations to 127 steps of the largest, which adds the sum over groups of
+(max |x| / 254) (sum |w|).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["Oracle"]
 
@@ -30,9 +33,11 @@ class Oracle:
     x : Tensor [tokens, k]
         All tokens are checked for finiteness; for large problems the values of the first and last tokens and some in
         between are compared.
+    group_size : int, optional
+        Of a weight stored as integers: inputs that share a scale.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, x: Tensor, group_size: int | None = None) -> None:
         m, k = weight.shape
         tokens = x.shape[0]
         self.rows = _some(tokens) if 2.0 * m * k * tokens > FULL_FLOPS else torch.arange(tokens)
@@ -42,6 +47,10 @@ class Oracle:
         if bias is not None:
             self.y += bias.double()
             self.magnitude += bias.double().abs()
+        self.rounding: Tensor | float = 0.0
+        if group_size is not None:
+            steps = _groups(x64, group_size).amax(2) / 254
+            self.rounding = 1.001 * steps @ _groups(w64, group_size).sum(2).t()
         self.terms = k + 1
         self.dtype = x.dtype
         # Inputs that fp16 holds exactly may still be multiplied as bf16; fp32 inputs only if bf16 was asked for.
@@ -57,9 +66,19 @@ class Oracle:
         # Two roundings each, of weight and activation, where anything below fp32 was asked for.
         low = 0.0 if values == "fp32" else 2 * UNIT[torch.bfloat16]
         relative = self.terms * EPS32 + low + self.x_unit
-        bound = relative * self.magnitude + UNIT[self.dtype] * (self.y.abs() + relative * self.magnitude) + TINY
+        bound = (
+            relative * self.magnitude
+            + self.rounding
+            + UNIT[self.dtype] * (self.y.abs() + relative * self.magnitude)
+            + TINY
+        )
         excess = ((y[self.rows].double() - self.y).abs() / bound).max().item() if y.numel() else 0.0
         return None if excess <= 1.0 else f"is off by {excess:.3g} times the bound"
+
+
+def _groups(matrix: Tensor, size: int) -> Tensor:
+    """|matrix| [rows, k] by groups of columns: [rows, groups, size]."""
+    return pad(matrix.abs(), (0, -matrix.shape[1] % size)).view(matrix.shape[0], -1, size)
 
 
 def _some(tokens: int) -> Tensor:

@@ -4,6 +4,6 @@ from zeroskip.formats import bitmask as bitmask
 from zeroskip.formats import csr as csr
 from zeroskip.formats import dense as dense
 from zeroskip.formats import strip_nm as strip_nm
-from zeroskip.formats.base import Format, Packed, get, names, pack, unpack
+from zeroskip.formats.base import Format, Packed, get, names, pack, unpack, value_types
 
-__all__ = ["Format", "Packed", "get", "names", "pack", "unpack"]
+__all__ = ["Format", "Packed", "get", "names", "pack", "unpack", "value_types"]

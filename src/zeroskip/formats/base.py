@@ -12,9 +12,9 @@ from zeroskip import _core
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import blob as blobs
 from zeroskip.formats.blob import VALUES, Header
-from zeroskip.quantize import LIMIT, Quantized, quantize
+from zeroskip.quantize import BITS, LIMIT, Quantized, quantize
 
-__all__ = ["Format", "Packed", "get", "names", "pack", "unpack"]
+__all__ = ["Format", "Packed", "get", "names", "pack", "unpack", "value_types"]
 
 _registry: dict[str, Format] = {}
 
@@ -124,6 +124,13 @@ class Packed:
 def names() -> list[str]:
     """The names of all formats."""
     return list(_registry)
+
+
+def value_types() -> tuple[str, ...]:
+    """The value types that some format stores, from wide to narrow."""
+    bits = {name: 8 * dtype.itemsize for name, dtype in VALUES.items()} | BITS
+    every = {values for format in _registry.values() for values in format.values}
+    return tuple(sorted(every, key=bits.__getitem__, reverse=True))
 
 
 def get(name: str) -> Format:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zeroskip.bench.timer import Race, race
 from zeroskip.formats import names
+from zeroskip.formats.blob import VALUES
 from zeroskip.planning.candidates import DENSE_FORMATS, Call, Layout, copies_for, format_layout, layouts
 from zeroskip.planning.measure import CACHE_BYTES, bound
 
@@ -81,14 +82,14 @@ def break_even(
     ----------
     shape : (m, k)
     values : str
-        Storage of the sparse and of the dense layouts, ``'fp32'`` or ``'bf16'``.
+        Storage of the sparse and of the dense layouts; a format that does not store it has no break-even.
     tokens : tuple of int
     working_set_bytes : int
         Of the model's weights, so that they are found as cold as they are there.
     budget_s : float
         Seconds for each format at each token count.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[values]
+    dtype = VALUES.get(values, torch.float32)
     found: list[BreakEven] = []
     with torch.inference_mode():
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

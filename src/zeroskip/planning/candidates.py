@@ -18,7 +18,7 @@ from zeroskip import ops
 from zeroskip.bench.dense import rivals
 from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.formats import Packed, get, names, pack
+from zeroskip.formats import Packed, get, names, pack, value_types
 from zeroskip.nn import PackedLinear
 
 __all__ = [
@@ -34,8 +34,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "int8", "int4")  # from wide to narrow; "down to" a precision is a prefix of this
-SERVED = ("fp32", "bf16")
+PRECISIONS = value_types()  # from wide to narrow; "down to" a precision is a prefix of this
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 DENSE_FORMATS = ("dense",)  # formats that store every weight; the others have to beat these
 FEW_ZEROS = 0.02  # with fewer, every sparse layout stores more than the dense ones: not worth the time
@@ -62,6 +61,8 @@ class Layout:
         Each call, x [tokens, k] -> y [tokens, m], works on a copy of the weight of its own.
     install : function () -> nn.Module
         The module that takes the site's place.
+    packed : Packed or None
+        The packed weight of a format.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Layout:
     copies: Callable[[str, int], list[Call]]
     install: Callable[[], nn.Module]
     pattern: str | None = None
+    packed: Packed | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -82,13 +84,12 @@ def check_precision(precision: str | None) -> str | None:
     Raises
     ------
     ZeroskipError
-        For an unknown precision, or one that is not served yet.
+        For an unknown precision.
     """
-    if precision is None or precision in SERVED:
+    if precision is None or precision in PRECISIONS:
         return precision
-    if precision in PRECISIONS:
-        raise ZeroskipError(f"precision {precision!r} comes with the low-bit kernels; now it is one of {SERVED}")
-    raise ZeroskipError(f"precision is {precision!r}: give None, 'fp32' or 'bf16'{suggest(str(precision), SERVED)}")
+    hint = suggest(str(precision), PRECISIONS)
+    raise ZeroskipError(f"precision is {precision!r}: give None or what the formats store{hint}")
 
 
 def allowed_values(dtype: torch.dtype, precision: str | None) -> tuple[str, ...]:
@@ -192,6 +193,7 @@ def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:
         copies,
         lambda: PackedLinear.from_packed(packed, bias, None),
         packed.pattern,
+        packed,
     )
 
 

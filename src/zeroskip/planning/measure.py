@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zeroskip.bench.oracle import Oracle
 from zeroskip.bench.timer import Race, race
 from zeroskip.errors import first_line
+from zeroskip.formats import unpack
 from zeroskip.planning.candidates import Call, Layout, copies_for, layouts
 
 __all__ = ["CACHE_BYTES", "Measured", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
@@ -119,13 +120,19 @@ def _checked(
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
     oracle = Oracle(weight, bias, x)
+    # Integers say what they mean themselves: how far that is from the model's weight is the precision asked for.
+    own = {
+        layout.label: Oracle(unpack(layout.packed), bias, x, layout.packed.group_size)
+        for layout in result.layouts
+        if layout.packed is not None and layout.packed.group_size
+    }
     runners: dict[str, list[Callable[[], object]]] = {}
     for layout, kernel, calls in field_of:
         name = runner_name(layout, kernel)
         if name in result.wrong:
             continue
         try:
-            problem = oracle.problem(calls[0](x), layout.values)
+            problem = own.get(layout.label, oracle).problem(calls[0](x), layout.values)
         except RuntimeError as error:
             problem = f"failed: {first_line(error)}"
         if problem is not None and layout is not result.layouts[0]:

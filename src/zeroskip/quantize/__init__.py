@@ -1,6 +1,7 @@
 """Integers for weights: codes and the scales that turn them back. Pure functions; formats and pruning share them."""
 
 from zeroskip.quantize.groups import (
+    BITS,
     GROUPS,
     LEAST,
     LIMIT,
@@ -12,4 +13,15 @@ from zeroskip.quantize.groups import (
     quantize,
 )
 
-__all__ = ["GROUPS", "LEAST", "LIMIT", "SCALES", "Quantized", "absmax_scales", "check_scales", "codes_of", "quantize"]
+__all__ = [
+    "BITS",
+    "GROUPS",
+    "LEAST",
+    "LIMIT",
+    "SCALES",
+    "Quantized",
+    "absmax_scales",
+    "check_scales",
+    "codes_of",
+    "quantize",
+]

@@ -14,8 +14,20 @@ from torch.nn.functional import pad
 
 from zeroskip.errors import ZeroskipError, suggest
 
-__all__ = ["GROUPS", "LEAST", "LIMIT", "SCALES", "Quantized", "absmax_scales", "check_scales", "codes_of", "quantize"]
+__all__ = [
+    "BITS",
+    "GROUPS",
+    "LEAST",
+    "LIMIT",
+    "SCALES",
+    "Quantized",
+    "absmax_scales",
+    "check_scales",
+    "codes_of",
+    "quantize",
+]
 
+BITS = {"int8": 8, "int4": 4}
 LIMIT = {"int8": 127, "int4": 7}  # the largest code
 LEAST = {"int8": -128, "int4": -8}  # the smallest code that can be stored
 GROUPS = (32, 64, 128)  # inputs that share a scale; the last group of a row may be shorter
