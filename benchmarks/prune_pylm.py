@@ -1,0 +1,146 @@
+"""Held-out perplexity of pylm15m after pruning: methods x sparsities, with time and peak memory.
+
+    python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
+
+Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
+again. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not scored, fp32.
+Calibration: the first 64 windows of 256 tokens of the calibration text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CELLS = {
+    "50": ("unstructured", 0.5),
+    "60": ("unstructured", 0.6),
+    "70": ("unstructured", 0.7),
+    "2:4": ("2:4", None),
+    "2:4@64": ("2:4@64", None),
+    "8:16@64": ("8:16@64", None),
+}
+WINDOW = 256
+SEQUENCES = 64
+
+
+def windows(folder: Path, name: str) -> torch.Tensor:
+    """Return [windows, 256] token ids of one of the two texts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    files = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
+    stream = [token for file in files for token in [*tokenizer(file, verbose=False)["input_ids"], end]]
+    return torch.tensor(stream[: len(stream) // WINDOW * WINDOW]).view(-1, WINDOW)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of tokens 2..256 of every window."""
+    total = 0.0
+    for batch in ids.split(8):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (len(ids) * (WINDOW - 1)))
+
+
+def cell(folder: Path, method: str, which: str, threads: int) -> dict[str, float]:
+    """Prune and score in this process."""
+    from transformers import AutoModelForCausalLM
+
+    import zeroskip
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    held = windows(folder, "heldout")
+    if method == "dense":
+        return {"perplexity": perplexity(model, held)}
+    pattern, sparsity = CELLS[which]
+    batches = [{"input_ids": part} for part in windows(folder, "calibration")[:SEQUENCES].split(8)]
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    report = zeroskip.prune(model, method, pattern=pattern, sparsity=sparsity, calibration=batches)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "perplexity": perplexity(model, held),
+        "seconds": round(seconds, 1),
+        "solve_seconds": round(sum(row.seconds for row in report.rows), 1),
+        "peak_mb": peak // 1024,
+        "over_model_mb": (peak - before) // 1024,
+        "sparsity": report.sparsity,
+    }
+
+
+def _child(pipe: Any, *arguments: Any) -> None:
+    try:
+        pipe.send(cell(*arguments))
+    except ValueError as error:  # a method that cannot serve the pattern says so
+        pipe.send({"refused": str(error)})
+
+
+def isolated(*arguments: Any) -> dict[str, float]:
+    """`cell` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return {"refused": f"the process ended with {process.exitcode}"}
+    finally:
+        process.join()
+
+
+def markdown(results: dict[str, dict[str, float]], dense: float) -> str:
+    """The table of docs/pruning.md."""
+    names = dict.fromkeys(key.split(" ")[0] for key in results if key != "dense")
+    lines = ["| method | " + " | ".join(f"{c} %" if c.isdigit() else c for c in CELLS) + " | s | peak MB |"]
+    lines.append("|---" * (len(CELLS) + 3) + "|")
+    for name in names:
+        row = [results.get(f"{name} {c}", {}) for c in CELLS]
+        figures = [f"{r['perplexity']:.2f}" if "perplexity" in r else "-" if "refused" in r else "" for r in row]
+        seconds = [r["seconds"] for r in row if "seconds" in r]
+        memory = [r["peak_mb"] for r in row if "peak_mb" in r]
+        spread = f"{min(seconds):.0f}-{max(seconds):.0f}" if seconds else ""
+        lines.append(f"| `{name}` | " + " | ".join(figures) + f" | {spread} | {max(memory, default=0):.0f} |")
+    return "\n".join([f"Dense: {dense:.2f}.", "", *lines])
+
+
+def main() -> None:
+    from zeroskip.prune import methods
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--methods", nargs="+", default=[name for name in methods() if not name.startswith("gptq")])
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--json", type=Path, default=Path("prune_pylm.json"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--markdown", action="store_true", help="print the table when all is done")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    for key in ["dense", *(f"{method} {which}" for which in arguments.cells for method in arguments.methods)]:
+        if key in results:
+            continue
+        method, _, which = key.partition(" ")
+        results[key] = isolated(arguments.folder, method, which, arguments.threads)
+        arguments.json.write_text(json.dumps(results, indent=1))
+        sys.stderr.write(f"{key} {json.dumps(results[key])}\n")
+    if arguments.markdown:
+        sys.stdout.write(markdown(results, results["dense"]["perplexity"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
