@@ -23,6 +23,7 @@ namespace amx {
   } while (0)
 #define ZS_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
 #define ZS_TILE_DOT_INT8(c, a, b) _tile_dpbssd(c, a, b)
+#define ZS_TILE_DOT_BYTES(c, a, b) _tile_dpbusd(c, a, b)  // a unsigned, b signed
 
 // All eight tiles: 16 rows of 64 bytes. With `inputs` of 32 (bytes), 4 and 5 have rows of 32 bytes and 6 and 7 have 8
 // rows, as operands of a product over 32 inputs. Never assume that a configuration is still loaded: other libraries use

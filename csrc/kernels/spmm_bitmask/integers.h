@@ -1,0 +1,283 @@
+// y = act(x W^T + b) for W [m, k] stored as one bit a weight and the codes of those that are not zero, int8 or int4.
+//
+// buffer       type          shape                     alignment
+// x            fp32/bf16/16  [tokens, k]               any
+// bits         u32           [m][4 k/128]              64 (the section); k padded to 128
+// row_offsets  u64           [m + 1], bytes            64
+// values       u8            see docs/format.md        64; then 64 zero bytes
+// scales       fp16/fp32     [m][k/group]              64
+// panel        u8            [tokens], padded to 64    64: was there an Inf or NaN?
+//                            [tokens] of: i8 [k] the q of panel/quantize.h, i32 [k/group][lanes] where its
+//                            sums start, fp32 [k/group] its scales; from token to token 8 cache lines more than a
+//                            multiple of 64
+// scratch      fp32          sums and products of scales of 32 rows
+// y            as x          [tokens, m]               any
+//
+// Codes are expanded 128 columns at a time over a register that holds the code of zero, so that a column without a
+// weight adds (zero code) q, which the start of the sum, -(zero code) sum q, takes away again: exact in integers, no
+// mask on either operand, and one expansion serves up to kAtOnce tokens. Each lane starts by itself: a lane is scaled
+// before lanes are added, and what it adds must have gone by then. A group's sum becomes fp32 times the product
+// of its two scales, which is made once for a row and a step of columns.
+//
+// Floor for one token: m k / 8 + codes + scales. int4 at 50 % with groups of 64 and fp16 scales: 1 + 2 + 0.25 bits a
+// weight, and 0.14 for the shorter chunk of each pair: 3.4 against 4.25 of dense int4, so at most 1.25 times as fast;
+// int8 5.25 against 8.25 bits, 1.57.
+//
+// By llvm-mca (Sapphire Rapids) 128 columns of one token take 7.9 cycles for int4 (groups of 32, 64, 128: 8.1, 7.9,
+// 7.5) and 8.7 for int8: 45 and 41 billion weights a second at 2.8 GHz, which would be 19 and 27 GB/s; memory feeds a
+// core 13 to 16. What that took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
+// scale, instead of a shift (half a cycle more); expanding over the code of zero instead of into zeros and subtracting under the
+// mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a masked move
+// and a product more a chunk. 2, 4 and 8 tokens take 11, 20 and 41 cycles.
+//
+// AVX2 has no expansion; a table of shuffles costs 13 operations for 16 columns, and the loop is bound by them, not by
+// memory (4096 x 4096, 50 %, one token, cold, on a busy machine: int4 6.4, int8 8.5 billion weights a second; dense
+// 27 and 13). There dense integers are the better choice, and what is measured when a model is compiled.
+#pragma once
+#include "kernels/spmm_bitmask/poison.h"
+#include "panel/epilogue.h"
+#include "panel/quantize.h"
+#include "simd/codes.h"
+
+namespace {
+namespace integers {
+
+using simd::f32;
+using zs::Values;
+constexpr int64_t kUnitRows = 32;
+constexpr int64_t kAtOnce = 8;           // tokens of one expansion
+constexpr int64_t kStepBytes = 8192;     // q of one step; the starts may take as much again
+constexpr int64_t kPassBytes = 1 << 20;  // packed x of one pass: an L2
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kPair = 128;
+
+inline int64_t columns(const zs::Header& header) { return bitmask::words(header) * 32; }
+inline int64_t groups(const zs::Header& header) { return columns(header) / header.group_size; }  // some may not exist
+inline int64_t start_lanes(const zs::Header& header) {
+  return static_cast<Values>(header.values) == Values::int4 ? simd::start_lanes<Values::int4>(header.group_size)
+                                                            : simd::start_lanes<Values::int8>(header.group_size);
+}
+inline int64_t token_bytes(const zs::Header& header) {
+  return (columns(header) + groups(header) * 4 * (1 + start_lanes(header)) + 4095) / 4096 * 4096 + 512;
+}
+inline int64_t flags_bytes(int64_t tokens) { return (tokens + 63) / 64 * 64; }
+inline int64_t pass_tokens(const zs::Header& header) {
+  const int64_t fit = kPassBytes / token_bytes(header) / kAtOnce * kAtOnce;
+  return fit < kAtOnce ? kAtOnce : fit > 256 ? 256 : fit;
+}
+
+// x of one token as the panel holds it.
+struct Token {
+  int8_t* q;
+  int32_t* starts;
+  float* scales;
+};
+inline Token token_at(const zs::Call& call, zs::Pass pass, int64_t t) {
+  const zs::Header& header = call.weight->header;
+  uint8_t* at = call.panel + flags_bytes(pass.tokens) + t * token_bytes(header);
+  int32_t* starts = reinterpret_cast<int32_t*>(at + columns(header));
+  float* scales = reinterpret_cast<float*>(starts + groups(header) * start_lanes(header));
+  return {reinterpret_cast<int8_t*>(at), starts, scales};
+}
+
+struct alignas(64) Scratch {
+  f32 sums[kUnitRows][kAtOnce];
+  float products[kStepBytes / 32];
+};
+
+// One group of one token; true if there was Inf or NaN in it.
+inline bool quantize_finite(const zs::Call& call, int64_t at, int64_t count, int64_t size, int8_t* q,
+                            panel::Quantized& made) {
+  alignas(64) float x[panel::kLargestGroup];
+  for (int64_t i = 0; i < size; i += simd::kLanes) {
+    f32 v = simd::zero();
+    if (i + simd::kLanes <= count)
+      v = panel::load_as(call.x, at + i, call.type);
+    else if (i < count)
+      v = panel::load_tail(call.x, at + i, count - i, call.type);
+    simd::store(x + i, v);
+  }
+  const bool poisoned = bitmask::make_finite(x, size);
+  made = panel::quantize_group(x, 0, size, size, zs::Type::fp32, q);
+  return poisoned;
+}
+
+template <Values kValues>
+void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
+  const zs::Header& header = call.weight->header;
+  const int64_t k = header.k, size = header.group_size;
+  for (int64_t t = first; t < first + tokens; ++t) {
+    const Token token = token_at(call, pass, t);
+    bool poisoned = false;
+    for (int64_t g = 0; g < groups(header); ++g) {
+      const int64_t left = k - g * size;
+      panel::Quantized made;
+      poisoned |= quantize_finite(call, (pass.first + t) * k + g * size,
+                                  left < 0      ? 0
+                                  : left < size ? left
+                                                : size,
+                                  size, token.q + g * size, made);
+      const bool high = simd::is_sixteenfold<kValues>(size) && g * size / 64 % 2;
+      token.scales[g] = high ? made.scale / 16 : made.scale;
+      const int64_t lanes = simd::start_lanes<kValues>(size);
+      int32_t* starts = token.starts + g * lanes;
+      for (int64_t i = 0; i < lanes; ++i) starts[i] = 0;
+      for (int64_t i = 0; lanes && i < size; i += 4) {
+        const int8_t* four = token.q + g * size + i;
+        starts[i / 4 % lanes] += (high ? -16 : -1) * simd::kZeroCode<kValues> * (four[0] + four[1] + four[2] + four[3]);
+      }
+    }
+    call.panel[t] = poisoned;
+  }
+}
+
+inline zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
+  const zs::Header& header = weight.header;
+  const int64_t limit = pass_tokens(header), pass = tokens < limit ? tokens : limit;
+  return {limit, kAtOnce, (header.m + kUnitRows - 1) / kUnitRows, flags_bytes(limit) + pass * token_bytes(header),
+          sizeof(Scratch)};
+}
+
+// products[t][g] = scale of the row's group `first` + g times that of the token's.
+inline void multiply_scales(const zs::Weight& weight, int64_t row, int64_t first, int64_t count, int64_t tokens,
+                            const Token& x, int64_t stride, float* products) {
+  const int64_t all = panel::groups(weight.header);
+  const auto type = static_cast<zs::Type>(weight.header.scales);
+  const uint8_t* scales = weight.section[bitmask::kScalesSection];
+  for (int64_t g = 0; g < count; g += simd::kLanes) {
+    const int64_t left = all - first - g, here = count - g;
+    f32 w = simd::zero();
+    if (left >= simd::kLanes)
+      w = panel::load_as(scales, row * all + first + g, type);
+    else if (left > 0)
+      w = panel::load_tail(scales, row * all + first + g, left, type);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* xs = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(x.scales) + t * stride);
+      if (here >= simd::kLanes) {
+        simd::store(products + t * count + g, simd::mul(w, simd::load(xs + first + g)));
+      } else {
+        alignas(64) float part[simd::kLanes];
+        simd::store(part, w);
+        for (int64_t i = 0; i < here; ++i) products[t * count + g + i] = part[i] * xs[first + g + i];
+      }
+    }
+  }
+}
+
+// Pairs [first, first + count) of one row; returns where the next step's codes are.
+template <Values kValues, int kGroup, int kTokens>
+const uint8_t* multiply_pairs(const uint32_t* bits, int64_t first, int64_t count, const uint8_t* codes, const Token& x,
+                              int64_t stride, const float* products, f32* sums) {
+  constexpr int64_t kGroups = kPair / kGroup, kStarts = kGroups * simd::start_lanes<kValues>(kGroup);
+  constexpr int kSums = kTokens <= 2 ? 2 : 1;
+  f32 acc[kTokens][kSums] = {};
+  for (int t = 0; t < kTokens; ++t) acc[t][0] = simd::load(reinterpret_cast<const float*>(sums + t));
+  const int8_t* q = x.q + first * kPair;
+  const uint8_t* starts = reinterpret_cast<const uint8_t*>(x.starts + first * kStarts);
+  for (int64_t p = 0; p < count; ++p) {
+    __builtin_prefetch(codes + kPrefetchBytes);
+    simd::Chunk chunks[2];
+    simd::expand_pair<kValues, kGroup>(bits + (first + p) * 4, codes, chunks);
+    for (int t = 0; t < kTokens; ++t)
+      simd::add_pair<kValues, kGroup>(acc[t], chunks, q + p * kPair + t * stride,
+                                      reinterpret_cast<const int32_t*>(starts + t * stride) + p * kStarts,
+                                      products + (t * count + p) * kGroups);
+  }
+  for (int t = 0; t < kTokens; ++t) {
+    if constexpr (kSums == 2) acc[t][0] = simd::add(acc[t][0], acc[t][1]);
+    simd::store(reinterpret_cast<float*>(sums + t), acc[t][0]);
+  }
+  return codes;
+}
+
+// A stored weight, for add_poison.
+template <Values kValues>
+float weight_at(const zs::Weight& weight, int64_t row, int64_t c) {
+  const zs::Header& header = weight.header;
+  const uint32_t* bits = bitmask::bits_of(weight, row);
+  const uint8_t* codes = weight.section[bitmask::kValuesSection] + bitmask::row_offsets(weight)[row];
+  int32_t code = 0;
+  for (int64_t p = 0; p <= c / kPair; ++p) {
+    alignas(64) uint8_t chunk[2][64];
+    const uint8_t* before = codes;
+    int64_t taken[2] = {0, 0};
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 64; ++i) {
+        const bool set = bits[p * 4 + half * 2 + i / 32] >> i % 32 & 1;
+        const int64_t at = taken[half] + (kValues == Values::int8 && half ? taken[0] : 0);
+        chunk[half][i] = kValues == Values::int8 ? before[at] : before[at] >> 4 * half & 15;
+        taken[half] += set;
+      }
+    codes += kValues == Values::int8 ? taken[0] + taken[1] : taken[0] > taken[1] ? taken[0] : taken[1];
+    code = chunk[c % kPair / 64][c % 64] - simd::kZeroCode<kValues>;
+  }
+  const int64_t all = panel::groups(header);
+  alignas(64) float scale[simd::kLanes];
+  simd::store(scale, panel::load_tail(weight.section[bitmask::kScalesSection], row * all + c / header.group_size, 1,
+                                      static_cast<zs::Type>(header.scales)));
+  return static_cast<float>(code) * scale[0];
+}
+
+typedef const uint8_t* (*Multiply)(const uint32_t* bits, int64_t first, int64_t count, const uint8_t* codes,
+                                   const Token& x, int64_t stride, const float* products, f32* sums);
+
+// multiply_pairs for `tokens` tokens; the compile-time numbers are found by descent.
+template <Values kValues, int kGroup, int kTokens = kAtOnce>
+Multiply multiply_for(int64_t tokens) {
+  if constexpr (kTokens > 1)
+    if (tokens < kTokens) return multiply_for<kValues, kGroup, kTokens - 1>(tokens);
+  return multiply_pairs<kValues, kGroup, kTokens>;
+}
+template <Values kValues>
+Multiply multiply_for(int64_t tokens, int64_t group) {
+  if (group == 128) return multiply_for<kValues, 128>(tokens);
+  return group == 64 ? multiply_for<kValues, 64>(tokens) : multiply_for<kValues, 32>(tokens);
+}
+
+// Rows [row, row + rows) for `tokens` (<= kAtOnce) tokens, the first of which is `token` of the pass.
+template <Values kValues>
+void multiply_tokens(const zs::Call& call, zs::Pass pass, int64_t token, int64_t tokens, int64_t row, int64_t rows,
+                     Scratch& scratch) {
+  const zs::Weight& weight = *call.weight;
+  const int64_t pairs = bitmask::words(weight.header) / 4, step = kStepBytes / kPair / tokens;
+  const int64_t stride = token_bytes(weight.header), in_pair = kPair / weight.header.group_size;
+  const Multiply multiply = multiply_for<kValues>(tokens, weight.header.group_size);
+  const uint8_t* codes[kUnitRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    codes[r] = weight.section[bitmask::kValuesSection] + bitmask::row_offsets(weight)[row + r];
+    for (int64_t t = 0; t < tokens; ++t) scratch.sums[r][t] = simd::zero();
+  }
+  const Token x = token_at(call, pass, token);
+  for (int64_t p = 0; p < pairs; p += step) {
+    const int64_t count = pairs - p < step ? pairs - p : step;
+    for (int64_t r = 0; r < rows; ++r) {
+      multiply_scales(weight, row + r, p * in_pair, count * in_pair, tokens, x, stride, scratch.products);
+      codes[r] =
+          multiply(bitmask::bits_of(weight, row + r), p, count, codes[r], x, stride, scratch.products, scratch.sums[r]);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t p = 0; p < rows; p += zs::kPanel) {
+      const int64_t count = rows - p < zs::kPanel ? rows - p : zs::kPanel;
+      alignas(64) float sums[zs::kPanel] = {};
+      for (int64_t r = 0; r < count; ++r) sums[r] = simd::sum(scratch.sums[p + r][t]);
+      if (call.panel[token + t])
+        bitmask::add_poison(call, pass.first + token + t, row + p, count, sums, 1, bitmask::kPoison,
+                            [&](int64_t i, int64_t c) { return weight_at<kValues>(weight, i, c); });
+      f32 vectors[zs::kPanel / simd::kLanes];
+      for (int v = 0; v < zs::kPanel / simd::kLanes; ++v) vectors[v] = simd::load(sums + v * simd::kLanes);
+      panel::finish(call, pass.first + token + t, row + p, count, vectors);
+    }
+}
+
+template <Values kValues>
+void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* memory) {
+  const zs::Header& header = call.weight->header;
+  const int64_t row = unit * kUnitRows, rows = header.m - row < kUnitRows ? header.m - row : kUnitRows;
+  for (int64_t t = 0; t < pass.tokens; t += kAtOnce)
+    multiply_tokens<kValues>(call, pass, t, pass.tokens - t < kAtOnce ? pass.tokens - t : kAtOnce, row, rows,
+                             *reinterpret_cast<Scratch*>(memory));
+}
+
+}  // namespace integers
+}  // namespace
