@@ -98,13 +98,15 @@ def test_a_token_does_not_see_its_batch(name: str, values: str) -> None:
 @each_kind
 def test_inf_and_nan_spoil_their_token_only(name: str, values: str) -> None:
     packed = zs.pack(random(20, 100), name, values)
+    assert packed.codes is not None
+    used = (packed.codes[:, 99] != 0) | (packed.pattern == "dense")  # the others skip this zero
     for kernel in kernels(packed):
         for bad in (torch.nan, torch.inf, -torch.inf):
             x = random(5, 100, seed=2)
             clean = call(packed, x, kernel=kernel)
             x[2, 99] = bad
             y = call(packed, x, kernel=kernel)
-            assert not torch.isfinite(y[2]).any()
+            assert torch.equal(torch.isfinite(y[2]), ~used)
             assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 

@@ -1,5 +1,5 @@
-// y = act(x W^T + b), one bit a weight and the non-zeros: bf16 and integers for more than two tokens on the
-// matrix unit (integers: amx_integers.h), the rest as on AVX-512.
+// y = act(x W^T + b), one bit a weight and the non-zeros: bf16 for more than two tokens and integers
+// (amx_integers.h) on the matrix unit, the rest as on AVX-512.
 //
 // buffer   type   shape                            alignment
 // panel    u8     [tokens], padded to 64           64: was there an Inf or NaN?

@@ -1,5 +1,5 @@
-// Integers behind a mask for more than two tokens, on the matrix unit: the sums of integers.h, so the same rounding of
-// x and the same bound.
+// Integers behind a mask on the matrix unit, for any number of tokens, so that a row gets the same bits in every batch:
+// the sums of integers.h, so the same rounding of x and the same bound.
 //
 // buffer   type   shape                             alignment
 // panel    u8     [tokens], padded to 64            64: was there an Inf or NaN?
@@ -25,7 +25,6 @@ namespace integer_tiles {
 
 using simd::f32;
 using zs::Values;
-constexpr int64_t kFew = 2;         // up to here the loop of integers.h serves
 constexpr int64_t kRows = 32;       // of a unit: two tiles A
 constexpr int64_t kBlockPairs = 4;  // 512 inputs of 32 rows at a time: 16 KB
 constexpr int64_t kLines = 256;     // numbers of 32 bits in a tile
@@ -61,20 +60,15 @@ inline int64_t scales_bytes(const zs::Header& header) { return integers::groups(
 
 zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const zs::Header& header = weight.header;
-  if (tokens <= kFew) return integers::geometry(weight, tokens);
   const int64_t limit = pass_tokens(header), pass = tokens < limit ? (tokens + 15) / 16 * 16 : limit;
   const int64_t many = integers::flags_bytes(limit) + pass / 16 * tile_bytes(header);
-  const int64_t few = integers::flags_bytes(kFew) + kFew * integers::token_bytes(header);
   const int64_t pairs = chunks(header) / 2, held = tokens > panel::kTokensAtOnce ? pairs : kBlockPairs;
   const int64_t scratch = sizeof(Scratch) + scales_bytes(header) + held * 4 * panel::kTileBytes;
-  constexpr int64_t kFewScratch = sizeof(integers::Scratch);
-  return {limit, panel::kTileTokens, (header.m + kRows - 1) / kRows, many > few ? many : few,
-          scratch > kFewScratch ? scratch : kFewScratch};
+  return {limit, panel::kTileTokens, (header.m + kRows - 1) / kRows, many, scratch};
 }
 
 template <Values kValues>
 void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
-  if (pass.tokens <= kFew) return integers::pack<kValues>(call, pass, first, tokens);
   const zs::Header& header = call.weight->header;
   const int64_t k = header.k, size = header.group_size, groups = integers::groups(header);
   const Tile tile = tile_at(call, pass, first);
@@ -235,7 +229,6 @@ inline void multiply(const zs::Call& call, zs::Pass pass, int64_t row, int64_t r
 
 template <Values kValues>
 void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratch) {
-  if (pass.tokens <= kFew) return integers::run<kValues>(call, pass, unit, scratch);
   const zs::Header& header = call.weight->header;
   const int64_t row = unit * kRows, rows = header.m - row < kRows ? header.m - row : kRows;
   if (header.group_size == 128)

@@ -26,9 +26,9 @@
 // By llvm-mca (Sapphire Rapids) 128 columns of one token take 7.9 cycles for int4 (groups of 32, 64, 128: 8.1, 7.9,
 // 7.5) and 8.7 for int8: 45 and 41 billion weights a second at 2.8 GHz, which would be 19 and 27 GB/s; memory feeds a
 // core 13 to 16. What that took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
-// scale, instead of a shift (half a cycle more); expanding over the code of zero instead of into zeros and subtracting under the
-// mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a masked move
-// and a product more a chunk. 2, 4 and 8 tokens take 11, 20 and 41 cycles.
+// scale, instead of a shift (half a cycle more); expanding over the code of zero instead of into zeros and subtracting
+// under the mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a
+// masked move and a product more a chunk. 2, 4 and 8 tokens take 11, 20 and 41 cycles.
 //
 // AVX2 has no expansion; a table of shuffles costs 13 operations for 16 columns, and the loop is bound by them, not by
 // memory (4096 x 4096, 50 %, one token, cold, on a busy machine: int4 6.4, int8 8.5 billion weights a second; dense
@@ -169,7 +169,8 @@ template <Values kValues, int kGroup, int kTokens>
 const uint8_t* multiply_pairs(const uint32_t* bits, int64_t first, int64_t count, const uint8_t* codes, const Token& x,
                               int64_t stride, const float* products, f32* sums) {
   constexpr int64_t kGroups = kPair / kGroup, kStarts = kGroups * simd::start_lanes<kValues>(kGroup);
-  constexpr int kSums = kTokens <= 2 ? 2 : 1;
+  // As many chains of additions for any number of tokens: a row gets the same bits in every batch.
+  constexpr int kSums = simd::kRegisters == 32 ? 2 : 1;
   f32 acc[kTokens][kSums] = {};
   for (int t = 0; t < kTokens; ++t) acc[t][0] = simd::load(reinterpret_cast<const float*>(sums + t));
   const int8_t* q = x.q + first * kPair;
