@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from zeroskip.bench.oracle import EPS32, TINY, UNIT, Oracle
 from zeroskip.bench.peers.base import Mode
 from zeroskip.dense_layers import DTYPES
-from zeroskip.formats import Packed, unpack
+from zeroskip.formats import unpack
 from zeroskip.planning.candidates import Call, Layout
 
 __all__ = ["Checker", "Stored", "stored"]
@@ -30,12 +30,9 @@ class Stored:
 
 def stored(layout: Layout, weight: Tensor) -> Stored:
     """Return what a layout of ours or of torch stores: the given weight, or what integer codes make of it."""
-    if layout.values in DTYPES:
+    packed = layout.packed
+    if packed is None or packed.group_size is None:
         return Stored(weight, Mode(layout.values, 32, layout.values))
-    blob = layout.install().weight
-    if not isinstance(blob, Tensor):
-        return Stored(weight, Mode(layout.values, 32))
-    packed = Packed.from_blob(blob.detach())
     return Stored(unpack(packed).float(), Mode(layout.values, 8, activation_group=packed.group_size))
 
 
