@@ -21,6 +21,7 @@ macro(zeroskip_row_unit library unit isa flags)
   list(APPEND ZEROSKIP_KERNEL_OBJECTS $<TARGET_OBJECTS:${library}>)
 endmacro()
 
+file(GLOB rooms CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/kernels/*/*.cpp") # a new <row>.cpp: configure anew
 file(GLOB kernels RELATIVE "${CMAKE_SOURCE_DIR}/csrc/kernels" CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/csrc/kernels/*")
 foreach(row IN LISTS ZEROSKIP_ISA_ROWS)
   string(REPLACE "|" ";" parts "${row}")

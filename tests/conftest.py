@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from zeroskip.prune import tune
 
@@ -16,6 +17,11 @@ ORIGINS = {
     "correlated": "a generator of one layer with correlated inputs, written for this project",
     "pylm15m": "a 15.7 M-parameter language model of Python code, trained for this project",
 }
+
+
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if os.environ.get("CI"):  # new examples are for those who can look into what they find
+    settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import thaw
 from zeroskip.planning.plan import Plan, plan_of
+from zeroskip.prune import prune
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,17 @@ def test_compiled_equals_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(races) == 2 * 2 + 1
     assert plan.checks[0].outcome == "kept" and plan.checks[0].ratios[0][0] == pytest.approx(2.0)
     assert "strip_nm fp32" in str(plan)
+
+
+def test_codes_of_a_solver_are_packed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, prefer("dense int4"), {"dense": 2.0, "compiled": 1.0})
+    net = Net()
+    prune(net, "sparsegpt+gptq", sparsity=0.5, values="int4", group_size=32, calibration=[X])
+    rounded = {site.name: site.weight()[0].clone() for site in find_sites(net)}
+    compile(net, tokens=(1, 6), precision="int4", example_inputs=X)
+    for name, weight in rounded.items():
+        packed = getattr(net, name).packed
+        assert packed.group_size == 32 and torch.equal(unpack(packed), weight)
 
 
 def test_integers_compete_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import zeroskip as zs
 from zeroskip import _core
 from zeroskip.formats.base import get, names
 from zeroskip.ops import kernels
-from zeroskip.quantize import GROUPS, LEAST, LIMIT, SCALES, quantize
+from zeroskip.quantize import GROUPS, LEAST, LIMIT, SCALES, group_of, quantize
 
 KINDS = [(name, values) for name in names() for values in get(name).values if values in LIMIT]
 each_kind = pytest.mark.parametrize(("name", "values"), KINDS, ids=["-".join(kind) for kind in KINDS])
@@ -206,3 +206,18 @@ def test_ragged_groups_are_padded_with_nothing() -> None:
     made = quantize(weight, "int8", 64)
     alone = quantize(pad(weight[:, 64:], (0, 26)), "int8", 32)
     assert torch.equal(made.codes[:, 64:], alone.codes[:, :6]) and torch.equal(made.scales[:, 1:], alone.scales)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_group_of_a_rounded_weight_is_found_and_of_another_it_is_not(values, dtype):
+    torch.manual_seed(0)
+    for group_size in GROUPS:
+        quantized = quantize(torch.randn(8, 320), values, group_size)
+        weight = quantized.dequantize().to(dtype)
+        assert group_of(weight, quantized.scales, values) == group_size
+        assert torch.equal(quantize(weight, values, group_size, quantized.scales).codes, quantized.codes)
+        assert group_of(torch.randn(8, 320), quantized.scales, values) is None
+        assert group_of(weight, quantized.scales[:, :-1], values) is None
+    wide = quantize(torch.randn(8, 320), "int8", 64)
+    assert group_of(wide.dequantize(), wide.scales, "int4") is None

@@ -20,6 +20,7 @@ from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack, value_types
 from zeroskip.nn import PackedLinear
+from zeroskip.quantize import group_of
 
 __all__ = [
     "DENSE_FORMATS",
@@ -30,6 +31,7 @@ __all__ = [
     "format_layout",
     "kernels_to_try",
     "layouts",
+    "pack_as",
 ]
 
 log = logging.getLogger(__name__)
@@ -115,7 +117,8 @@ def layouts(
 ) -> tuple[list[Layout], dict[str, str]]:
     """Return the layouts that can store `weight` [m, k], and why the others cannot.
 
-    The layer as it stands always comes first, also where its dtype has no kernels (fp16).
+    The layer as it stands always comes first, also where its dtype has no kernels (fp16). Where a solver has rounded
+    the weight to integers, those of its kind are stored with its own scales, so that nothing is rounded twice.
     """
     own = NAMES.get(weight.dtype, str(weight.dtype))
     found = [_as_it_stands(module, weight, own)]
@@ -135,7 +138,7 @@ def layouts(
             if few is not None and name not in DENSE_FORMATS:
                 refused[f"{name} {kind}"] = few
                 continue
-            made = format_layout(name, weight, bias, kind)
+            made = format_layout(name, weight, bias, kind, getattr(module, "zeroskip_scales", None))
             if isinstance(made, Layout):
                 found.append(made)
             else:
@@ -164,17 +167,27 @@ def _torch_layout(name: str, weight: Tensor, bias: Tensor | None, values: str, t
     return Layout(f"{name} {values}", name, values, ("torch",), True, nbytes, copies, install)
 
 
-def format_layout(name: str, weight: Tensor, bias: Tensor | None, values: str) -> Layout | str:
+def format_layout(
+    name: str, weight: Tensor, bias: Tensor | None, values: str, scales: Tensor | None = None
+) -> Layout | str:
     """Pack `weight` [m, k] in a format and return its layout, or the reason why there is none, in one line."""
     reason = get(name).accepts(weight)
     if reason is not None:
         return reason
     try:
-        packed = pack(weight, format=name, values=values)
+        packed = pack_as(name, weight, values, scales)
     except ValueError as error:
         return str(error)
     layout = packed_layout(packed, bias)
     return layout if layout.kernels else "no kernel for it on this CPU"
+
+
+def pack_as(format: str, weight: Tensor, values: str, scales: Tensor | None) -> Packed:
+    """Pack `weight` [m, k], with `scales` [1, m, groups] where it is integers of this kind times them."""
+    group_size = None if scales is None else group_of(weight, scales[0], values)
+    if scales is None or group_size is None:
+        return pack(weight, format=format, values=values)
+    return pack(weight, format=format, values=values, group_size=group_size, scales=scales[0])
 
 
 def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:

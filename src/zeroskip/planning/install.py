@@ -15,9 +15,10 @@ from zeroskip import ops
 from zeroskip.bench.dense import rivals
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
-from zeroskip.formats import Packed, pack, unpack
+from zeroskip.formats import Packed, unpack
 from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.candidates import pack_as
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
 
@@ -51,7 +52,7 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
         if choice.format in rivals():
             return rivals()[choice.format].build(weight, bias, choice.values, tokens)
         try:
-            packed = pack(weight, format=choice.format, values=choice.values)
+            packed = pack_as(choice.format, weight, choice.values, site.scales)
             ops.tune(packed, choice.kernels)
         except ValueError as error:
             raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error

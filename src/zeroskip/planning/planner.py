@@ -33,8 +33,8 @@ NEAR = 0.02  # weights whose non-zeros differ by less are measured once
 class Planner:
     """Measures sites and chooses for them; sites that share a key are measured once.
 
-    The key is shape, dtype, pattern, non-zeros within 2 %, and whether there is a bias. The number of threads is the
-    process's.
+    The key is shape, dtype, pattern, non-zeros within 2 %, whether there is a bias, and the shape of
+    given scales. The number of threads is the process's.
     """
 
     def __init__(self, tokens: Tokens, precision: str | None, working_set_bytes: int, budget_s: float) -> None:
@@ -47,7 +47,8 @@ class Planner:
         """Return the plan of one site, measured here or at an earlier site of the same key."""
         weight, bias = weights_of(site)
         zeros = find_zeros(weight)
-        key = (*weight.shape, weight.dtype, zeros.pattern, bias is not None)
+        scales = None if site.scales is None else site.scales.shape
+        key = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
         for nnz, known in self._known.setdefault(key, []):
             if abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
                 return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)

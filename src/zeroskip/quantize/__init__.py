@@ -10,6 +10,7 @@ from zeroskip.quantize.groups import (
     absmax_scales,
     check_scales,
     codes_of,
+    group_of,
     quantize,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "absmax_scales",
     "check_scales",
     "codes_of",
+    "group_of",
     "quantize",
 ]

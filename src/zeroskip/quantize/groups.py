@@ -24,6 +24,7 @@ __all__ = [
     "absmax_scales",
     "check_scales",
     "codes_of",
+    "group_of",
     "quantize",
 ]
 
@@ -138,3 +139,17 @@ def codes_of(weight: Tensor, scales: Tensor, values: str, group_size: int) -> Te
 
 def _spread(scales: Tensor, group_size: int, k: int) -> Tensor:
     return scales.float().repeat_interleave(group_size, dim=1)[:, :k]
+
+
+def group_of(weight: Tensor, scales: Tensor, values: str) -> int | None:
+    """Return the group size under which `weight` [m, k] is codes of `values` times `scales` [m, groups], or None.
+
+    What a model keeps of such a weight in bf16 counts too: it is off by its own rounding, which changes no code.
+    """
+    fits = [size for size in GROUPS if scales.shape == (weight.shape[0], -(-weight.shape[1] // size))]
+    if not fits or values not in LIMIT:
+        return None
+    weight, spread = weight.float(), _spread(scales, fits[0], weight.shape[1])
+    codes = (weight / spread).round()
+    exact = bool(((weight - codes * spread).abs() <= weight.abs() / 256).all())
+    return fits[0] if exact and LEAST[values] <= float(codes.min()) and float(codes.max()) <= LIMIT[values] else None
