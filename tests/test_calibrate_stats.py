@@ -8,7 +8,7 @@ from torch import nn
 from zeroskip.calibrate import Collector, Replay, Stat, find_blocks, read_batches, sites_of
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
-from zeroskip.prune.run import collect
+from zeroskip.prune.walk import collect
 
 NEEDS = ("sumsq", "gram")
 
