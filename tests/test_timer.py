@@ -82,6 +82,20 @@ def test_one_hiccup_at_the_start_does_not_retire() -> None:
     assert not seen.retired and seen.median("a") == pytest.approx(1e-3)
 
 
+def test_the_first_call_on_a_copy_does_not_retire() -> None:
+    world = World()
+
+    def copy(first: float, later: float) -> Iterator[float]:
+        yield first
+        while True:
+            yield later
+
+    ours = [world.call("ours", copy(20e-3, 1e-3)) for _ in range(9)]
+    theirs = [world.call("theirs", 2e-3) for _ in range(9)]
+    seen = race({"ours": ours, "theirs": theirs}, clock=world.clock)
+    assert not seen.retired and seen.fastest() == "ours" and seen.median("ours") == pytest.approx(1e-3)
+
+
 def test_the_race_ends_when_settled_or_when_the_budget_is_spent() -> None:
     world = World()
     settled = race({"a": [world.call("a", 1e-2)], "b": [world.call("b", 1.5e-2)]}, clock=world.clock, budget_s=100.0)
