@@ -90,7 +90,7 @@ def test_the_first_call_on_a_copy_does_not_retire() -> None:
         while True:
             yield later
 
-    ours = [world.call("ours", copy(20e-3, 1e-3)) for _ in range(9)]
+    ours = [world.call("ours", copy(2 * HOPELESS_AT * 2e-3, 1e-3)) for _ in range(9)]
     theirs = [world.call("theirs", 2e-3) for _ in range(9)]
     seen = race({"ours": ours, "theirs": theirs}, clock=world.clock)
     assert not seen.retired and seen.fastest() == "ours" and seen.median("ours") == pytest.approx(1e-3)
