@@ -55,7 +55,7 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
     return math.exp(total / (len(ids) * (WINDOW - 1)))
 
 
-def cell(folder: Path, method: str, which: str, threads: int) -> dict[str, float]:
+def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dict[str, float]:
     """Prune and score in this process."""
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +67,7 @@ def cell(folder: Path, method: str, which: str, threads: int) -> dict[str, float
     if method == "dense":
         return {"perplexity": perplexity(model, held)}
     pattern, sparsity = CELLS[which]
-    batches = [{"input_ids": part} for part in windows(folder, "calibration")[:SEQUENCES].split(8)]
+    batches = [{"input_ids": part} for part in windows(folder, "calibration")[:SEQUENCES].split(batch)]
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     report = zeroskip.prune(model, method, pattern=pattern, sparsity=sparsity, calibration=batches)
     seconds = time.perf_counter() - started
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--json", type=Path, default=Path("prune_pylm.json"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="windows of one calibration batch; a step of +tune each")
     parser.add_argument("--markdown", action="store_true", help="print the table when all is done")
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
@@ -135,7 +136,7 @@ def main() -> None:
         if key in results:
             continue
         method, _, which = key.partition(" ")
-        results[key] = isolated(arguments.folder, method, which, arguments.threads)
+        results[key] = isolated(arguments.folder, method, which, arguments.threads, arguments.batch)
         arguments.json.write_text(json.dumps(results, indent=1))
         sys.stderr.write(f"{key} {json.dumps(results[key])}\n")
     if arguments.markdown:

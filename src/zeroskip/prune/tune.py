@@ -6,9 +6,9 @@ returns. The loss of a token is |y - t|^2 / |t|^2. What learns: the kept weights
 the vectors of the block (norms); zeros stay zeros. Adam in fp32, a step a batch, the step size a fixed part of each
 parameter's root mean square, warmed up and let down along a cosine.
 
-One pass over fresh data does better than several over a third of it: on an encoder of six layers in strips of 64 rows
-(8:16), cosine to the dense sentence vector .718 after the solves, .784 with three passes over 512 texts, .793 with one
-over 1,536. Tuning the whole model at once took as long and gave less (.756).
+One pass over fresh data did better than several over a third of it. A prototype with one step size for all parameters,
+on an encoder of six layers in strips of 64 rows (8:16): cosine to the dense sentence vector .718 after the solves, .784
+after three passes over 512 texts, .793 after one over 1,536. Three passes on the whole model at once gave .756.
 """
 
 from __future__ import annotations
