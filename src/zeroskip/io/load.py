@@ -16,6 +16,7 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Entry
 from zeroskip.io.save import INDEX, WEIGHTS
+from zeroskip.io.scales import restore_scales
 
 __all__ = ["check_sites", "load", "read_files", "weight_files"]
 
@@ -36,7 +37,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     Returns
     -------
     nn.Module
-        In evaluation mode, with ``zeroskip_plan`` and ``zeroskip_report`` where they were stored.
+        In evaluation mode, with ``zeroskip_plan`` and ``zeroskip_report`` where they were stored, and at each site the
+        scales of a solver that rounded it to integers.
 
     Raises
     ------
@@ -54,6 +56,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
             raise ZeroskipError(f"{directory}: has no {meta.SIDECAR}; only what zeroskip stored can fill an instance")
         _fill(model, folder, info, where)
         meta.restore(model, info, where)
+        restore_scales(model, folder)
         meta.attach(model)
         return model.eval()
     if config is None:
@@ -64,6 +67,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     model = from_directory(folder, config, strict=info is not None)
     if info is not None and where.name == meta.SIDECAR:  # else the quantizer has done it
         meta.restore(model, info, where)
+    restore_scales(model, folder)
     return model.eval()
 
 

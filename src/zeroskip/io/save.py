@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Later
+from zeroskip.io.scales import scales_of, write_scales
 from zeroskip.model import unwrapped
 
 __all__ = ["save"]
@@ -33,7 +34,7 @@ def save(
     """Store a pruned or compiled model in a new directory; the model is not modified.
 
     A pruned transformers model becomes an ordinary one with zeros in it, which plain transformers loads, and a file
-    zeroskip.json with the report. A compiled one has a 1-D int8 tensor for each packed site, the plan, the recipe and
+    zeroskip.json with the report; the scales that a solver rounded it to are in zeroskip_scales.safetensors. A compiled one has a 1-D int8 tensor for each packed site, the plan, the recipe and
     the report in `quantization_config`; after ``import zeroskip``, ``from_pretrained`` loads it memory-mapped. Any
     other module becomes model.safetensors and zeroskip.json, which ``load(directory, model=instance)`` reads.
 
@@ -77,6 +78,7 @@ def save(
             _write_json(stage / meta.SIDECAR, info)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
+        write_scales(stage, scales_of(model))
         blobs = [f"{name}.weight" for name, site in info["sites"].items() if site["kind"] == "packed"]
         write_weights(stage, tensors, blobs, max_shard_bytes)
     log.info("stored %d tensors, %d of them packed, in %s", len(tensors), len(blobs), target)

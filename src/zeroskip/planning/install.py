@@ -116,6 +116,8 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
             if isinstance(layer.bias, Tensor):
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
         dense.train(layer.training)
+        if isinstance(layer, PackedLinear) and layer.packed.scales is not None:  # so that the same codes can come again
+            dense.__dict__["zeroskip_scales"] = layer.packed.scales.unsqueeze(0)
         put_in(model, layer, dense)
         names.append(name)
     return names
