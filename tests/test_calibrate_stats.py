@@ -19,7 +19,8 @@ def all_stats(model, given, share=True):
     replay = Replay(model, find_blocks(model), read_batches(model, given))
     found = {}
     for block in replay.order:
-        found |= collect(replay, block, sites_of(block, sites), NEEDS, share)
+        inside = sites_of(block, sites)
+        found |= collect(replay, block, inside, {site.name: NEEDS for site in inside}, share)
         replay.advance(block)
     return found
 
@@ -99,7 +100,7 @@ def test_inputs_that_are_shared_only_sometimes():
     given = [torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)]
     sites = find_sites(model)
     replay = Replay(model, find_blocks(model), read_batches(model, given))
-    found = collect(replay, replay.order[0], sites, NEEDS)
+    found = collect(replay, replay.order[0], sites, {site.name: NEEDS for site in sites})
     x = torch.cat([given[0], given[1] + 1, given[2]])
     assert torch.allclose(found["b"][1]["gram"][0], x.t() @ x, atol=1e-5)
     assert found["a"][0] == found["b"][0] == 10

@@ -13,7 +13,7 @@ from torch import nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
 from zeroskip.prune import Method, Pattern, Report, methods, prune
-from zeroskip.prune.base import Recipe
+from zeroskip.prune.composition import Composition
 
 PATTERNS = {"unstructured": 0.6, "2:4": None, "4:8@16": None, "block:4x2": 0.5}
 
@@ -27,15 +27,15 @@ def same(one, two):
 
 
 def serves(method, pattern):
-    return Recipe.parse(method).method.serves(Pattern.parse(pattern))
+    return Composition.parse(method).method.serves(Pattern.parse(pattern))
 
 
 # Solvers of whole blocks do the same after every method, and are tried after one.
-NAMES = [name for name in methods() if not Recipe.parse(name).block_solvers or name.startswith("wanda")]
+NAMES = [name for name in methods() if not Composition.parse(name).block_solvers or name.startswith("wanda")]
 
 
 def chooses(method):
-    return Recipe.parse(method).method.chooses
+    return Composition.parse(method).method.chooses
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -63,15 +63,17 @@ def test_every_method_in_every_pattern(method, pattern):
         weight = site.module.weight
         zeros = int((weight == 0).sum())
         wanted = round(weight.numel() * asked)
-        assert zeros == wanted or (zeros > wanted and Recipe.parse(method).method.quantizes)  # small ones round to zero
+        assert zeros == wanted or (
+            zeros > wanted and Composition.parse(method).method.quantizes
+        )  # small ones round to zero
         assert row.sparsity == zeros / weight.numel()
         assert not torch.signbit(weight[weight == 0]).any()
         assert torch.isfinite(weight).all()
-        if "+" not in method and type(Recipe.parse(method).method).run is Method.run:  # it moves no weight
+        if "+" not in method and type(Composition.parse(method).method).run is Method.run:  # it moves no weight
             kept = weight != 0
             assert torch.equal(weight[kept], before[f"{site.name}.weight"][kept])
     pruned = {f"{row.name}.weight" for row in report.rows}
-    if Recipe.parse(method).block_solvers:  # they move vectors too
+    if Composition.parse(method).block_solvers:  # they move vectors too
         pruned |= {name for name, value in before.items() if value.dim() == 1}
     assert same({name: value for name, value in before.items() if name not in pruned}, model.state_dict())
 
@@ -127,7 +129,7 @@ def test_wanda_is_its_formula():
 
 def test_sparsity_zero_is_the_identity():
     for method in NAMES:
-        if not serves(method, "unstructured") or Recipe.parse(method).method.quantizes:
+        if not serves(method, "unstructured") or Composition.parse(method).method.quantizes:
             continue
         model = llama()
         before = state(model)

@@ -3,7 +3,7 @@
 import pytest
 from layers import problem
 
-from zeroskip.prune.base import Recipe
+from zeroskip.prune.composition import Composition
 
 CELLS = {"50 %": ("unstructured", 0.5), "70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}
 STRIPS = {"2:4@64": ("2:4@64", 0.5), "8:16@64": ("8:16@64", 0.5)}
@@ -29,5 +29,7 @@ def test_errors_relative_to_wanda(data, method, cell):
     for seed in (1, 2, 3):
         w, x = source["generate"](seed)
         for name in mean:
-            mean[name] += source["relative_error"](w, Recipe.parse(name).run(problem(w, x, *ALL[cell]))[1].weight, x)
+            mean[name] += source["relative_error"](
+                w, Composition.parse(name).run(problem(w, x, *ALL[cell]))[1].weight, x
+            )
     assert mean[method] / mean["wanda"] <= (1 + tolerance) * bars[cell]

@@ -11,14 +11,15 @@ from tiny_models import batches, llama
 
 import zeroskip
 from zeroskip.model import find_sites
-from zeroskip.prune.base import Integers, Recipe
+from zeroskip.prune.base import Integers
+from zeroskip.prune.composition import Composition
 from zeroskip.quantize import LEAST, LIMIT, quantize
 
 INTEGERS = [Integers("int4", 32), Integers("int8", 64), Integers("int4", 128)]
 
 
 def run(method, w, x, pattern="unstructured", integers=INTEGERS[0]):
-    return Recipe.parse(method).run(problem(w, x, pattern, integers=integers))[1]
+    return Composition.parse(method).run(problem(w, x, pattern, integers=integers))[1]
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,15 +11,17 @@ from zeroskip.calibrate import read_batches
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
 from zeroskip.prune import prune
-from zeroskip.prune.base import Recipe, Survey
+from zeroskip.prune.base import Survey
+from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 
 
 def survey(model, method, given, loss=None, sparsity=0.5):
     batches = read_batches(model, given, one_logit=False) if given is not None else []
     sites = find_sites(model)
-    found = Recipe.parse(method).method.survey(
-        Survey(model, sites, batches, loss, Pattern.parse("unstructured"), sparsity, 0)
+    patterns = {site.name: Pattern.parse("unstructured") for site in sites}
+    found = Composition.parse(method).method.survey(
+        Survey(model, sites, batches, loss, patterns, dict.fromkeys(patterns, sparsity), 0)
     )
     return {name: next(iter(stats.values()))[0] for name, stats in found.items()}
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zeroskip.prune import Pattern, Problem
-from zeroskip.prune.base import Recipe
+from zeroskip.prune.composition import Composition
 from zeroskip.prune.ls import by_rows, by_strips
 
 
@@ -47,7 +47,7 @@ def error(w, v, x):
 def test_equals_a_direct_solve_in_float64(seed, pattern, sparsity):
     w, x = layer(seed)
     task = problem(w, x, pattern, sparsity)
-    solution = Recipe.parse("wanda+ls").run(task)[1]
+    solution = Composition.parse("wanda+ls").run(task)[1]
     want = direct(w, solution.keep, task.stats["gram"], 0.01)
     scale = x.norm(dim=0).double()
     far = ((solution.weight - want) * scale).norm() / (want * scale).norm()
@@ -64,14 +64,14 @@ def test_equals_a_direct_solve_in_float64(seed, pattern, sparsity):
 )
 def test_no_other_weights_on_the_support_do_better_as_the_ridge_vanishes(seed, method, pattern):
     w, x = layer(seed)
-    first = Recipe.parse(method).run(problem(w, x, pattern))[0]
+    first = Composition.parse(method).run(problem(w, x, pattern))[0]
     gram = (x.double().t() @ x.double()).float()
     scale = x.norm(dim=0)
     unit = gram / scale / scale.unsqueeze(1)
     solve = by_rows if "@" not in pattern else by_strips
     change, _ = solve(unit.double(), ((w - first.weight) * scale).double(), first.keep, 1e-9, 6)
     best = error(w, first.weight + (change / scale).float(), x)
-    ridged = error(w, Recipe.parse(f"{method}+ls").run(problem(w, x, pattern))[1].weight, x)
+    ridged = error(w, Composition.parse(f"{method}+ls").run(problem(w, x, pattern))[1].weight, x)
     wiggled = first.weight + change / scale + 1e-2 * torch.randn(w.shape) * first.keep
     assert best <= min(error(w, first.weight, x), ridged, error(w, wiggled, x)) * (1 + 1e-5) + 1e-12
 
@@ -79,7 +79,7 @@ def test_no_other_weights_on_the_support_do_better_as_the_ridge_vanishes(seed, m
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4@8"])
 def test_dead_inputs_neither_move_nor_break_the_solve(pattern):
     w, x = layer(5, dead=6)
-    solution = Recipe.parse("wanda+ls").run(problem(w, x, pattern))[1]
+    solution = Composition.parse("wanda+ls").run(problem(w, x, pattern))[1]
     assert torch.isfinite(solution.weight).all()
     kept = solution.keep[:, :6]
     assert torch.equal(solution.weight[:, :6][kept], w[:, :6][kept])
@@ -92,6 +92,6 @@ def test_a_failing_factor_raises_the_ridge_and_says_so(caplog):
     indefinite = task.stats["gram"] - 0.05 * torch.diag(task.stats["gram"].diagonal())
     indefinite += torch.diag(0.05 * task.stats["gram"].diagonal()) * -2
     task.stats["gram"] = indefinite
-    solution = Recipe.parse("magnitude+ls").run(task)[1]
+    solution = Composition.parse("magnitude+ls").run(task)[1]
     assert torch.isfinite(solution.weight).all()
     assert solution.notes and "ridge raised from 0.01 to" in solution.notes[0] and "ridge raised" in caplog.text

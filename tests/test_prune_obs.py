@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from zeroskip.prune.base import Problem, Recipe
+from zeroskip.prune.base import Problem
+from zeroskip.prune.composition import Composition
 from zeroskip.prune.obs import RIDGE
 from zeroskip.prune.patterns import Pattern
 
@@ -31,7 +32,7 @@ def test_each_step_removes_the_column_that_costs_least(pattern):
     nm = given.pattern
     gram = given.stats["gram"].double()
     h = gram + RIDGE * torch.diag(gram.diagonal())
-    found = Recipe.parse("obs").run(given)[0]
+    found = Composition.parse("obs").run(given)[0]
     for top in range(0, 10, nm.rows):
         rows = given.weight[top : top + nm.rows].double()
         on = torch.ones(16, dtype=torch.bool)
@@ -55,7 +56,7 @@ def test_it_beats_wanda_on_correlated_inputs_and_keeps_the_counts():
     gram = given.stats["gram"].double()
     errors = {}
     for name in ("wanda+ls", "obs", "obs+ls"):
-        last = Recipe.parse(name).run(given)[1]
+        last = Composition.parse(name).run(given)[1]
         assert (last.keep.view(64, 4, 16).sum(2) == 8).all() and (last.weight[~last.keep] == 0).all()
         gap = (given.weight - last.weight).double()
         errors[name] = float(((gap @ gram) * gap).sum())
@@ -67,7 +68,7 @@ def test_a_dead_input_goes_first():
     given = problem(8, 16, "2:4@8")
     gram = given.stats["gram"].clone()
     gram[5], gram[:, 5] = 0, 0
-    solution = Recipe.parse("obs").run(
+    solution = Composition.parse("obs").run(
         Problem("site", given.weight, given.pattern, given.sparsity, {"gram": gram}, given.generator)
     )[0]
     assert not solution.keep[:, 5].any() and torch.isfinite(solution.weight).all()

@@ -9,7 +9,7 @@ from layers import error, layer, optimum, problem
 from zeroskip.prune import Method, Pattern
 from zeroskip.prune.admm import RIDGE as ADMM_RIDGE
 from zeroskip.prune.admm import split
-from zeroskip.prune.base import Recipe
+from zeroskip.prune.composition import Composition
 from zeroskip.prune.numerics import cholesky, inverse, inverse_factor, unit_gram
 from zeroskip.prune.sparsegpt import RIDGE, sweep
 
@@ -32,7 +32,7 @@ def test_counts_zeros_and_the_best_answer_on_the_same_support(method, pattern, s
     w, x = layer(seed, dead=dead)
     task = problem(w, x, pattern, sparsity)
     asked = task.sparsity
-    solution = Recipe.parse(method).run(task)[0]
+    solution = Composition.parse(method).run(task)[0]
     off = ~solution.keep
     units = {"block:4x2": 8, "block:1x4": 4, "block:3x1": 3}.get(pattern, 1)
     assert int(off.sum()) == units * round(w.numel() / units * asked)
@@ -118,7 +118,7 @@ def test_a_matrix_that_is_not_positive_gets_ten_times_the_ridge_and_a_note(caplo
 def test_more_inputs_than_tokens_and_equal_inputs_break_nothing(method):
     w, x = layer(1, tokens=10)
     x[:, 5] = x[:, 6]
-    solution = Recipe.parse(f"{method}+ls").run(problem(w, x, "2:4"))[1]
+    solution = Composition.parse(f"{method}+ls").run(problem(w, x, "2:4"))[1]
     assert torch.isfinite(solution.weight).all() and (solution.keep.view(24, 8, 4).sum(2) == 2).all()
 
 
@@ -128,7 +128,7 @@ def test_dsnot_brings_the_mean_output_back_and_keeps_the_counts(seed, pattern):
     w, x = layer(seed)
     x = x + torch.randn(32, generator=torch.Generator().manual_seed(seed)) * x.std(0)  # the mean must not vanish
     task = problem(w, x, pattern, tokens=len(x))
-    swapped, wanda = (Recipe.parse(name).run(task)[0].keep for name in ("dsnot", "wanda"))
+    swapped, wanda = (Composition.parse(name).run(task)[0].keep for name in ("dsnot", "wanda"))
     assert torch.equal(swapped.sum(1), wanda.sum(1))
     pull = w * x.mean(0)
     before, after = ((pull * ~keep).sum(1).abs() for keep in (wanda, swapped))

@@ -48,7 +48,7 @@ def prune(
     stopped and gives the same result.
     """
     from zeroskip.cli import models
-    from zeroskip.prune.settings import read_plan
+    from zeroskip.prune.recipe import Recipe
 
     models.output_directory(out)
     if text is not None and calibration is not None:
@@ -57,7 +57,7 @@ def prune(
     asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
     asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
     asked |= {"values": values, "group_size": group_size}
-    if read_plan(asked, None).recipe.needs_data and text is None and calibration is None:
+    if Recipe.read(asked).needs_data and text is None and calibration is None:
         raise ZeroskipError(f"method {method!r} needs data: give --text FILE or --calibration FILE")
     batches = None if calibration is None else _read_batches(calibration)
     with step(f"loading {model}"):

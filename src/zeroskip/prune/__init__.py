@@ -13,7 +13,8 @@ from zeroskip.prune.snip import Snip  # isort: skip
 from zeroskip.prune.grasp import Grasp  # isort: skip
 from zeroskip.prune.synflow import SynFlow  # isort: skip
 from zeroskip.prune.gptq import Gptq, SparseGPTQ  # isort: skip
-from zeroskip.prune.base import Method, Problem, Solution, Solver, methods
+from zeroskip.prune.base import Method, Problem, Solution, Solver
+from zeroskip.prune.composition import Composition, methods
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.report import Report
@@ -23,6 +24,7 @@ from zeroskip.prune.tune import Tune
 __all__ = [
     "Admm",
     "Alps",
+    "Composition",
     "DSnoT",
     "Fista",
     "Gptq",

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, Lesson
-from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site
 from zeroskip.prune.patterns import Pattern, Scope
 
@@ -24,11 +23,9 @@ __all__ = [
     "Loss",
     "Method",
     "Problem",
-    "Recipe",
     "Solution",
     "Solver",
     "Survey",
-    "methods",
 ]
 
 Lessons = Sequence[Callable[[], Lesson | None]]
@@ -58,14 +55,16 @@ class Survey:
         Empty where no calibration was given.
     loss : callable or None
         The user's.
+    patterns, sparsity : mapping
+        What is asked of each site, by its name.
     """
 
     model: nn.Module
     sites: Sequence[Site]
     batches: Sequence[Batch]
     loss: Loss | None
-    pattern: Pattern
-    sparsity: float
+    patterns: Mapping[str, Pattern]
+    sparsity: Mapping[str, float]
     seed: int
 
 
@@ -205,68 +204,3 @@ class BlockSolver:
             On the CPU, seeded from the run's seed and the block's name.
         """
         raise NotImplementedError
-
-
-def methods() -> list[str]:
-    """Return the names that `prune` takes: every method alone, with every solver, and with all of them behind it."""
-    tails = ["", *(f"+{solver}" for solver in Solver.known)]
-    more = [f"{tails[-1]}+{solver}" for solver in BlockSolver.known]
-    return [name + tail for name, kind in Method.known.items() for tail in (tails if kind.quantizes else tails + more)]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A method by its full name, ready to run on one matrix after another, and on one block after another."""
-
-    name: str
-    method: Method
-    solvers: tuple[Solver, ...]
-    block_solvers: tuple[BlockSolver, ...] = ()
-
-    @staticmethod
-    def parse(name: str) -> Recipe:
-        """Read "method", "method+solver", or more of them, those that work on whole blocks last.
-
-        Raises
-        ------
-        ZeroskipError
-            On an unknown name; it suggests the nearest.
-        """
-        heads = [known for known in Method.known if f"{name}+".startswith(f"{known}+")]
-        head = max(heads, key=len, default="")
-        tails = [tail for tail in str(name)[len(head) :].split("+") if tail]
-        sites = [tail for tail in tails if tail in Solver.known]
-        blocks = [tail for tail in tails if tail in BlockSolver.known]
-        if not head or tails != sites + blocks:
-            raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
-        if blocks and Method.known[head].quantizes:
-            raise ZeroskipError(f"method {name!r}: {blocks[0]!r} would move weights off their integers; leave it out")
-        return Recipe(
-            name,
-            Method.known[head](),
-            tuple(Solver.known[tail]() for tail in sites),
-            tuple(BlockSolver.known[tail]() for tail in blocks),
-        )
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it cannot run without calibration."""
-        return bool(self.needs or self.block_solvers or self.method.batched)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the statistics to collect, each once."""
-        parts: list[Method | Solver] = [self.method, *self.solvers]
-        return tuple(dict.fromkeys(need for part in parts for need in part.needs))
-
-    def run(self, problem: Problem) -> tuple[Solution, Solution]:
-        """Return (after the method, after the solvers)."""
-        first = last = self.method.run(problem)
-        if first.scales is None and bool(
-            first.keep.all()
-        ):  # nothing went, so nothing need be made up for, nor rounded on the way
-            first = Solution(first.keep, problem.weight, first.notes)
-            return first, first
-        for solver in self.solvers:
-            last = solver.refine(problem, last)
-        return first, last

@@ -9,28 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from zeroskip.calibrate import (
-    Batch,
-    Journal,
-    find_blocks,
-    read_batches,
-    sites_of,
-    text_batches,
-)
+from zeroskip.calibrate import Batch, Journal, read_batches, text_batches
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import select_sites, unwrapped
-from zeroskip.prune.base import Loss, Survey
+from zeroskip.model import unwrapped
+from zeroskip.prune.base import Loss
+from zeroskip.prune.plan import Plan
+from zeroskip.prune.recipe import Recipe
 from zeroskip.prune.report import Report
-from zeroskip.prune.settings import check_sites, read_plan
-from zeroskip.prune.walk import UNSEEN, calibrated, plainly
+from zeroskip.prune.walk import UNSEEN, Walk
 
 __all__ = ["prune"]
 
 log = logging.getLogger(__name__)
-
-OUTSIDE = "outside the blocks; name it in include= to prune it"
 
 
 def prune(
@@ -116,51 +108,34 @@ def prune(
         "values": values,
         "group_size": group_size,
     }
-    plan = read_plan(given, recipe)
-    if loss is not None and not plan.recipe.method.batched:
-        raise ZeroskipError(
-            f"loss= is for methods that need gradients, which {plan.recipe.name!r} does not: leave it out"
-        )
+    asked = Recipe.read(given, recipe)
     model = unwrapped(model)
-    sites, skipped = select_sites(model, plan.settings["include"], plan.settings["exclude"])
-    blocks = find_blocks(model, sites if plan.settings["include"] else ())
-    inside = {site.name for block in blocks for site in sites_of(block, sites)}
-    skipped |= {site.name: OUTSIDE for site in sites if site.name not in inside}
-    sites = [site for site in sites if site.name in inside]
-    if not sites:
-        raise ZeroskipError(
-            "the model has nothing to prune: no nn.Linear or Conv1D is left"
-            + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
-        )
-    check_sites(sites, plan)
+    plan = Plan.of(asked, model)
+    batched = any(settings.composition.method.batched for settings in plan.settings.values())
+    if loss is not None and not batched:
+        raise ZeroskipError(f"loss= is for methods that need gradients, which {plan.names} does not: leave it out")
     if calibration is not None and text is not None:
         raise ZeroskipError("give calibration= or text=, not both")
     if text is not None:
-        calibration = text_batches(model, text, tokenizer, plan.settings["seed"])
-    if plan.recipe.needs_data and calibration is None:
-        raise ZeroskipError(
-            f"method {plan.recipe.name!r} needs data: give calibration= batches, or text= and tokenizer="
-        )
+        calibration = text_batches(model, text, tokenizer, plan.seed)
+    if plan.needs_data and calibration is None:
+        raise ZeroskipError(f"method {plan.names} needs data: give calibration= batches, or text= and tokenizer=")
 
-    report = Report(plan.settings, skipped=skipped)
+    report = Report(plan.recipe, skipped=plan.skipped)
     batches: list[Batch] = []
-    surveys = plan.recipe.method.surveys
-    if plan.recipe.needs_data or (surveys and calibration is not None):
-        one_logit = not surveys and all(block.name != block.group for block in blocks)
+    if plan.needs_data or (plan.surveys and calibration is not None):
+        one_logit = not plan.surveys and all(block.name != block.group for block in plan.blocks)
         batches = read_batches(model, calibration, one_logit)
     with _evaluating(model):
-        book = Journal(journal, model, plan.settings, batches) if journal is not None else None
-        found: dict[str, dict[str, Tensor]] = {}
-        if surveys:
-            seed = plan.settings["seed"]
-            found = plan.recipe.method.survey(Survey(model, sites, batches, loss, plan.pattern, plan.sparsity, seed))
-        if plan.recipe.needs_data:
-            calibrated(model, plan, sites, blocks, batches, found, book, report, progress)
+        book = Journal(journal, model, plan.recipe, batches) if journal is not None else None
+        walk = Walk(model, plan, plan.survey(model, batches, loss), report, book, progress)
+        if plan.needs_data:
+            walk.calibrated(batches)
         else:
-            plainly(model, plan, sites, blocks, found, book, report, progress)
+            walk.plainly()
     if not report.rows:
         raise ZeroskipError(f"nothing was pruned: every site {UNSEEN}; give data that reaches the model's blocks")
-    order = {site.name: index for index, site in enumerate(sites)}
+    order = {site.name: index for index, site in enumerate(plan.sites)}
     report.rows.sort(key=lambda row: order[row.name])
     report.seconds = time.perf_counter() - started
     object.__setattr__(model, "zeroskip_report", report)

@@ -1,89 +1,97 @@
-"""What a run was asked to do, read and checked before anything moves."""
+"""What is done to one site."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site, site_patterns
-from zeroskip.prune.base import Integers, Recipe
+from zeroskip.model import Site
+from zeroskip.prune.base import Integers
+from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 from zeroskip.quantize import GROUPS, LIMIT
 
-__all__ = ["Plan", "check_sites", "read_plan"]
-
-DEFAULTS: dict[str, Any] = {
-    "method": "wanda+ls",
-    "sparsity": None,
-    "pattern": "unstructured",
-    "include": None,
-    "exclude": ("lm_head",),
-    "seed": 0,
-    "values": None,
-    "group_size": None,
-}
+__all__ = ["Settings"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run: `settings` holds the JSON values that reproduce it, the rest what they mean."""
+class Settings:
+    """What is done to one site.
 
-    settings: dict[str, Any]
-    recipe: Recipe
+    Attributes
+    ----------
+    composition : Composition
+    pattern : Pattern
+    sparsity : float
+        Fraction of zeros in [0, 1); 0 where the method keeps the zeros that are there.
+    integers : Integers or None
+        For methods that quantise.
+    """
+
+    composition: Composition
     pattern: Pattern
     sparsity: float
     integers: Integers | None
 
+    @staticmethod
+    def read(values: Mapping[str, Any]) -> Settings:
+        """Read plain values: {"method", "pattern", "sparsity", "values", "group_size"}, the last three may be None.
 
-def read_plan(given: dict[str, Any], recipe: Mapping[str, Any] | None) -> Plan:
-    """Merge the arguments of `prune` with its `recipe=`, which may not contradict them, and read the names in them."""
-    settings = dict(given)
-    if recipe is not None:
-        if not isinstance(recipe, Mapping):
-            raise ZeroskipError(f"recipe is a {type(recipe).__name__}: give a dict")
-        for key, value in recipe.items():
-            if key not in DEFAULTS:
-                raise ZeroskipError(f"recipe has an unknown entry {key!r}" + suggest(str(key), DEFAULTS))
-            if given[key] not in (DEFAULTS[key], value):
-                raise ZeroskipError(f"{key} is {given[key]!r}, and {value!r} in the recipe: leave one out")
-            settings[key] = value
-    for key in ("include", "exclude"):
-        settings[key] = None if settings[key] is None else list(site_patterns(key, settings[key]))
-    if not isinstance(settings["seed"], int):
-        raise ZeroskipError(f"seed is {settings['seed']!r}: give an integer")
-    composition = Recipe.parse(settings["method"])
-    pattern = Pattern.parse(settings["pattern"])
-    if not composition.method.serves(pattern):
-        raise ZeroskipError(
-            f"method {composition.name!r} cannot serve pattern {pattern.name!r}: take another of either"
-        )
-    if composition.method.chooses:
-        settings["sparsity"] = sparsity = _sparsity(settings["sparsity"], pattern)
-    elif settings["sparsity"] is None:
-        sparsity = 0.0
-    else:
-        raise ZeroskipError(f"method {composition.name!r} keeps the zeros that are there: leave sparsity out")
-    integers = _integers(composition, settings["values"], settings["group_size"])
-    if integers is not None:
-        settings["values"], settings["group_size"] = integers.values, integers.group_size
-    return Plan(settings, composition, pattern, sparsity, integers)
+        Raises
+        ------
+        ZeroskipError
+            On an unknown name, and where one of them contradicts another.
+        """
+        composition = Composition.parse(values["method"])
+        pattern = Pattern.parse(values["pattern"])
+        if not composition.method.serves(pattern):
+            raise ZeroskipError(
+                f"method {composition.name!r} cannot serve pattern {pattern.name!r}: take another of either"
+            )
+        if composition.method.chooses:
+            sparsity = _sparsity(values["sparsity"], pattern)
+        elif values["sparsity"] is None:
+            sparsity = 0.0
+        else:
+            raise ZeroskipError(f"method {composition.name!r} keeps the zeros that are there: leave sparsity out")
+        return Settings(composition, pattern, sparsity, _integers(composition, values["values"], values["group_size"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values from which `read` makes the same."""
+        integers = self.integers
+        return {
+            "method": self.composition.name,
+            "pattern": self.pattern.name,
+            "sparsity": self.sparsity if self.composition.method.chooses else None,
+            "values": None if integers is None else integers.values,
+            "group_size": None if integers is None else integers.group_size,
+        }
+
+    def check(self, site: Site) -> None:
+        """Raise unless the site can hold the pattern and has finite weights."""
+        weight = site.weight()
+        if weight.is_meta:
+            raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
+        self.pattern.check(site.shape, site.name)
+        if not bool(torch.isfinite(weight).all()):
+            raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")
 
 
-def _integers(recipe: Recipe, values: Any, group_size: Any) -> Integers | None:
-    if not recipe.method.quantizes:
+def _integers(composition: Composition, values: Any, group_size: Any) -> Integers | None:
+    if not composition.method.quantizes:
         if values is not None or group_size is not None:
-            raise ZeroskipError(f"method {recipe.name!r} does not quantise: leave values and group_size out")
+            raise ZeroskipError(f"method {composition.name!r} does not quantise: leave values and group_size out")
         return None
     values = "int4" if values is None else values
     group_size = 64 if group_size is None else group_size
-    if values not in LIMIT:
+    if not isinstance(values, str) or values not in LIMIT:
         raise ZeroskipError(f"unknown integer type {values!r}" + suggest(str(values), LIMIT))
-    if group_size not in GROUPS:
+    if isinstance(group_size, bool) or group_size not in GROUPS:
         raise ZeroskipError(f"group_size is {group_size!r}: one scale serves 32, 64 or 128 inputs")
     return Integers(values, int(group_size))
 
@@ -99,14 +107,3 @@ def _sparsity(sparsity: Any, pattern: Pattern) -> float:
     if implied is not None and not math.isclose(sparsity, implied, abs_tol=1e-9):
         raise ZeroskipError(f"pattern {pattern.name!r} has sparsity {implied:g}, not {sparsity:g}: leave sparsity out")
     return float(sparsity)
-
-
-def check_sites(sites: Sequence[Site], plan: Plan) -> None:
-    """Raise unless every site can hold the pattern and has finite weights."""
-    for site in sites:
-        weight = site.weight()
-        if weight.is_meta:
-            raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
-        plan.pattern.check(site.shape, site.name)
-        if not bool(torch.isfinite(weight).all()):
-            raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")

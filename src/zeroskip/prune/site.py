@@ -1,4 +1,4 @@
-"""One site: the recipe on each of its matrices, the weight written, a row of the report."""
+"""One site: its settings on each of its matrices, the weight written, a row of the report."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zeroskip.calibrate.journal import generator
 from zeroskip.model import Site
 from zeroskip.prune.base import Problem
 from zeroskip.prune.report import Row
-from zeroskip.prune.settings import Plan
+from zeroskip.prune.settings import Settings
 
 __all__ = ["prune_site"]
 
 
 @torch.no_grad()
-def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int) -> Row:
+def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], tokens: int, draw: torch.Generator) -> Row:
     """Prune one site in place; return its row of the report."""
     started = time.perf_counter()
     old = site.weight().float()
-    asked = plan.sparsity if plan.recipe.method.chooses else float((old == 0).double().mean())
+    chosen = settings.composition.method.chooses
+    asked = settings.sparsity if chosen else float((old == 0).double().mean())
     new = torch.empty_like(old)
-    draw = generator(plan.settings["seed"], site.name, old.device)
     notes: list[str] = []
     scales: list[Tensor] = []
     before = after = total = 0.0
     for group, weight in enumerate(old):
         part = {name: value[group] for name, value in stats.items()}
-        problem = Problem(site.name, weight, plan.pattern, plan.sparsity, part, draw, tokens, plan.integers)
-        first, last = plan.recipe.run(problem)
+        problem = Problem(site.name, weight, settings.pattern, settings.sparsity, part, draw, tokens, settings.integers)
+        first, last = settings.composition.run(problem)
         new[group] = last.weight.masked_fill(~last.keep, 0.0)
         notes += last.notes
         if last.scales is not None:
@@ -46,7 +45,7 @@ def prune_site(site: Site, plan: Plan, stats: Mapping[str, Tensor], tokens: int)
     return Row(
         name=site.name,
         shape=list(site.shape),
-        pattern=plan.pattern.name,
+        pattern=settings.pattern.name,
         sparsity_asked=asked,
         sparsity=float((written == 0).double().mean()),
         error_before=before / total if total else None,

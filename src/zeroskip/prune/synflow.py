@@ -36,16 +36,18 @@ class SynFlow(Method):
     surveys = True
 
     def survey(self, survey: Survey) -> dict[str, dict[str, Tensor]]:
-        rounds = ROUNDS if survey.pattern.sparsity is None and survey.sparsity else 1
+        climbing = [site for site in survey.sites if survey.patterns[site.name].sparsity is None]
+        rounds = ROUNDS if any(survey.sparsity[site.name] for site in climbing) else 1
         arguments = _ones(survey)
         parameters = parameters_of(survey.sites)
         with _absolute(survey.model), differentiable(survey.model, parameters):
             scores = _scores(survey, parameters, arguments)
             for step in range(1, rounds):
-                reached = 1 - (1 - survey.sparsity) ** (step / rounds)
                 with torch.no_grad():
-                    for site in survey.sites:
-                        keep = torch.stack([survey.pattern.select(score, reached) for score in scores[site.name]])
+                    for site in climbing:
+                        pattern = survey.patterns[site.name]
+                        reached = 1 - (1 - survey.sparsity[site.name]) ** (step / rounds)
+                        keep = torch.stack([pattern.select(score, reached) for score in scores[site.name]])
                         site.write(site.weight() * keep)
                 scores = _scores(survey, parameters, arguments)
         return {name: {"flow": score} for name, score in scores.items()}
