@@ -34,9 +34,10 @@ def save(
     """Store a pruned or compiled model in a new directory; the model is not modified.
 
     A pruned transformers model becomes an ordinary one with zeros in it, which plain transformers loads, and a file
-    zeroskip.json with the report; the scales that a solver rounded it to are in zeroskip_scales.safetensors. A compiled one has a 1-D int8 tensor for each packed site, the plan, the recipe and
-    the report in `quantization_config`; after ``import zeroskip``, ``from_pretrained`` loads it memory-mapped. Any
-    other module becomes model.safetensors and zeroskip.json, which ``load(directory, model=instance)`` reads.
+    zeroskip.json with the report; the scales of weights that a solver rounded go to zeroskip_scales.safetensors. A
+    compiled one has a 1-D int8 tensor for each packed site, the plan, the recipe and the report in
+    `quantization_config`; after ``import zeroskip``, ``from_pretrained`` loads it memory-mapped. Any other module
+    becomes model.safetensors and zeroskip.json, which ``load(directory, model=instance)`` reads.
 
     Parameters
     ----------
