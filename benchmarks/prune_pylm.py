@@ -10,9 +10,7 @@ Calibration: the first 64 windows of 256 tokens of the calibration text.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 import multiprocessing
 import resource
 import sys
@@ -21,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from zeroskip.calibrate import strings_of, token_stream
+from zeroskip.quality.perplexity import perplexity, windows
 
 CELLS = {
     "50": ("unstructured", 0.5),
@@ -34,46 +35,34 @@ WINDOW = 256
 SEQUENCES = 64
 
 
-def windows(folder: Path, name: str) -> torch.Tensor:
-    """Return [windows, 256] token ids of one of the two texts."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    files = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
-    stream = [token for file in files for token in [*tokenizer(file, verbose=False)["input_ids"], end]]
-    return torch.tensor(stream[: len(stream) // WINDOW * WINDOW]).view(-1, WINDOW)
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood of tokens 2..256 of every window."""
-    total = 0.0
-    for batch in ids.split(8):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / (len(ids) * (WINDOW - 1)))
+def calibration(folder: Path, tokenizer: Any, batch: int) -> list[dict[str, torch.Tensor]]:
+    """Return the first 64 windows of the calibration text."""
+    stream = token_stream(strings_of(folder / "calibration.json.gz"), tokenizer)
+    return [{"input_ids": part} for part in windows(stream, WINDOW, WINDOW)[:SEQUENCES].split(batch)]
 
 
 def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dict[str, float]:
     """Prune and score in this process."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import zeroskip
 
+    def held() -> float:
+        return perplexity(model, folder / "heldout.json.gz", tokenizer, context=WINDOW).value
+
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    held = windows(folder, "heldout")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if method == "dense":
-        return {"perplexity": perplexity(model, held)}
+        return {"perplexity": held()}
     pattern, sparsity = CELLS[which]
-    batches = [{"input_ids": part} for part in windows(folder, "calibration")[:SEQUENCES].split(batch)]
+    batches = calibration(folder, tokenizer, batch)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     report = zeroskip.prune(model, method, pattern=pattern, sparsity=sparsity, calibration=batches)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "perplexity": perplexity(model, held),
+        "perplexity": held(),
         "seconds": round(seconds, 1),
         "solve_seconds": round(sum(row.seconds for row in report.rows), 1),
         "peak_mb": peak // 1024,

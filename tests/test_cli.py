@@ -7,7 +7,18 @@ import torch
 from cli_models import cli, shorter, zeroskip_process
 
 pytestmark = pytest.mark.usefixtures("short_races")
-COMMANDS = ["info", "analyze", "prune", "compile", "run", "bench kernels", "bench peers", "bench report", "demo"]
+COMMANDS = [
+    "info",
+    "analyze",
+    "prune",
+    "compile",
+    "run",
+    "eval",
+    "bench kernels",
+    "bench peers",
+    "bench report",
+    "demo",
+]
 LINES = "return the list\nopen a file and read a line\n\nraise an error\n"
 
 

@@ -16,11 +16,12 @@ from zeroskip.planning.plan import Plan, plan_of
 from zeroskip.compile import compile
 from zeroskip.analyze import analyze
 from zeroskip.io import load, save
+from zeroskip.quality import perplexity
 
 _plugin.install()
 
 __version__ = "0.1.0"
 __all__ = [
     "Packed", "Plan", "ZeroskipError", "analyze", "compile", "formats", "isa", "linear", "load", "methods", "pack",
-    "plan_of", "prune", "save", "unpack",
+    "perplexity", "plan_of", "prune", "save", "unpack",
 ]  # fmt: skip

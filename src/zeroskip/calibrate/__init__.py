@@ -6,7 +6,7 @@ from zeroskip.calibrate.journal import Journal
 from zeroskip.calibrate.replay import Block, Replay
 from zeroskip.calibrate.stats import Collector, SharingError, Stat
 from zeroskip.calibrate.teacher import Lesson, Teacher, first_tensor
-from zeroskip.calibrate.text import text_batches
+from zeroskip.calibrate.text import strings_of, text_batches, token_stream, window_limit
 
 __all__ = [
     "Batch",
@@ -22,5 +22,8 @@ __all__ = [
     "first_tensor",
     "read_batches",
     "sites_of",
+    "strings_of",
     "text_batches",
+    "token_stream",
+    "window_limit",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import math
 import os
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["text_batches"]
+__all__ = ["strings_of", "text_batches", "token_stream", "window_limit"]
 
 ROWS = 128  # sequences at most: the sample of the papers; more changes little
 BATCH = 8
@@ -34,7 +38,7 @@ def text_batches(
     model : nn.Module
         Its config bounds the window.
     text : list of str, or path
-        Strings; or a UTF-8 file (a string that names one counts), each paragraph of which is one string for an encoder.
+        Strings, or a file that `strings_of` reads (a string that names one counts).
     tokenizer
         A transformers tokenizer.
     seed : int
@@ -51,35 +55,72 @@ def text_batches(
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ZeroskipError("text= serves encoders and decoders: give an encoder-decoder model calibration= batches")
-    for limit in (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)):
-        tokens = min(tokens, int(limit)) if limit else tokens
+    tokens = int(min(tokens, window_limit(model, tokenizer)))
     encoder = getattr(tokenizer, "cls_token_id", None) is not None
-    strings = [string for string in _strings(text, encoder) if string.strip()]
-    if not strings:
-        raise ZeroskipError("text= holds no text")
+    strings = strings_of(text, encoder)
     if encoder:
         rows = [tokenizer(string, truncation=True, max_length=tokens)["input_ids"] for string in strings]
         rows = sorted(_sample(rows, seed), key=len)
         return [_padded(rows[at : at + BATCH], tokenizer.pad_token_id or 0) for at in range(0, len(rows), BATCH)]
-    end = [tokenizer.eos_token_id] if getattr(tokenizer, "eos_token_id", None) is not None else []
-    stream = [token for string in strings for token in [*tokenizer(string, verbose=False)["input_ids"], *end]]
+    stream = token_stream(strings, tokenizer)
     rows = [stream[at : at + tokens] for at in range(0, len(stream) - tokens + 1, tokens)] or [stream]
     rows = _sample(rows, seed)
     return [{"input_ids": torch.tensor(rows[at : at + BATCH])} for at in range(0, len(rows), BATCH)]
 
 
-def _strings(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool) -> list[str]:
-    if isinstance(text, str | os.PathLike):
-        try:
-            content = Path(text).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ZeroskipError(
-                f"text= {str(text)[:80]!r} is no readable UTF-8 file ({error}); give a list of strings"
-            ) from None
-        return re.split(r"\n\s*\n", content) if paragraphs else [content]
-    strings = list(text)
+def window_limit(model: nn.Module, tokenizer: Any) -> float:
+    """Return how many tokens one sequence may have, by the model's config and its tokenizer; infinity where neither
+    says."""
+    config = getattr(model, "config", None)
+    limits = (getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
+    return min((int(limit) for limit in limits if limit), default=math.inf)
+
+
+def token_stream(strings: Iterable[str], tokenizer: Any) -> list[int]:
+    """Return the ids of all strings, joined; the end-of-text token, where the tokenizer has one, follows each."""
+    end = [tokenizer.eos_token_id] if getattr(tokenizer, "eos_token_id", None) is not None else []
+    return [token for string in strings for token in [*tokenizer(string, verbose=False)["input_ids"], *end]]
+
+
+def strings_of(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool = False) -> list[str]:
+    """Return the strings of a text that hold more than blanks.
+
+    Parameters
+    ----------
+    text : list of str, or path
+        Strings; or a file (a string that names one counts): UTF-8 text, or with a name that ends with .json a list of
+        strings. Either may be compressed, with .gz at the end of the name.
+    paragraphs : bool
+        Whether each paragraph of a text file is a string, or the file one.
+
+    Raises
+    ------
+    ZeroskipError
+        If there is none, or the file cannot be read.
+    """
+    strings = _read(Path(text), paragraphs) if isinstance(text, str | os.PathLike) else list(text)
     if any(not isinstance(string, str) for string in strings):
         raise ZeroskipError("text= holds something that is no string: give a list of strings or a path")
+    strings = [string for string in strings if string.strip()]
+    if not strings:
+        raise ZeroskipError("text= holds no text")
+    return strings
+
+
+def _read(path: Path, paragraphs: bool) -> list[str]:
+    try:
+        raw = path.read_bytes()
+        name = path.name.removesuffix(".gz")
+        content = (gzip.decompress(raw) if name != path.name else raw).decode("utf-8")
+        if not name.endswith(".json"):
+            return re.split(r"\n\s*\n", content) if paragraphs else [content]
+        strings = json.loads(content)
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
+        raise ZeroskipError(
+            f"text= {str(path)[:80]!r} is no readable UTF-8 file ({error}); give a list of strings"
+        ) from None
+    if not isinstance(strings, list):
+        raise ZeroskipError(f"text= {str(path)[:80]!r} holds a JSON {type(strings).__name__}, not a list of strings")
     return strings
 
 

@@ -1,0 +1,6 @@
+"""How good a model is: perplexity on a text, and the tasks of lm-eval."""
+
+from zeroskip.quality.perplexity import Perplexity, perplexity
+from zeroskip.quality.tasks import run_tasks
+
+__all__ = ["Perplexity", "perplexity", "run_tasks"]
