@@ -32,11 +32,8 @@ struct Handle {
 // Throws std::invalid_argument with the problem if the bytes are no sound blob.
 std::shared_ptr<const Handle> handle_of(const uint8_t* blob, uint64_t nbytes);
 
-// As handle_of, but reads every byte even where the address and the header are known: for blobs of unknown origin,
-// which may have been mapped where another one lay.
-std::shared_ptr<const Handle> validated_handle_of(const uint8_t* blob, uint64_t nbytes);
-
-// The same, but every byte is read again, whatever was seen at this address before.
+// The same, but every byte is read again, whatever was seen at this address before: for blobs of unknown origin, which
+// may have been mapped where another one lay.
 std::shared_ptr<const Handle> validate(const uint8_t* blob, uint64_t nbytes);
 
 // From now on these buckets serve every blob of the same key: format, value type, shape, pattern, group size and type

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,9 +100,22 @@ def test_refusals(x: Tensor, arguments: dict[str, object], message: str) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_packed_is_refused() -> None:
-    with pytest.raises(zs.ZeroskipError, match=r"packed is a Tensor: give what pack\(\) returns"):
-        zs.linear(weight_of("csr"), torch.ones(2, K))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda packed: zs.linear(packed.blob, torch.ones(2, K)), r"packed is a Tensor: give what pack\(\) returns"),
+        (lambda packed: zs.linear(packed, [1.0]), "x is a list: give a tensor"),
+        (lambda packed: zs.linear(packed, torch.ones(2, K), bias=1.0), "bias is a float: give a tensor or None"),
+        (lambda packed: zs.unpack(None), r"packed is a NoneType: give what pack\(\) returns"),
+        (lambda packed: zs.pack([[1.0]]), r"weight is a list: give a tensor \[m, k\]"),
+        (lambda packed: zs.save(torch.nn.Linear(2, 2), None), "directory is a NoneType: give a path"),
+        (lambda packed: zs.load(3), "directory is a int: give a path"),
+        (lambda packed: zs.load("here", model="there"), "model is a str: give an nn.Module or None"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(call: Callable[[zs.Packed], object], message: str) -> None:
+    with pytest.raises(zs.ZeroskipError, match=message):
+        call(zs.pack(weight_of("csr"), "csr"))
 
 
 def test_a_blob_that_claims_the_tallest_strip_unpacks_in_little_memory() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io.meta import attach
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
@@ -84,8 +84,7 @@ def compile(
         For token counts, a precision or example inputs that cannot be used, weights that are not finite or not on the
         CPU, and a plan that was made for another model. The model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    expect("model", model, nn.Module, "an nn.Module")
     called, model = model, unwrapped(model)
     wanted, precision = Tokens.parse(tokens), check_precision(precision)
     given = _read(plan)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import UnionType
 
-__all__ = ["ZeroskipError", "first_line", "suggest"]
+__all__ = ["ZeroskipError", "expect", "first_line", "suggest"]
 
 
 class ZeroskipError(ValueError):
     """Bad input: one line that states the value seen and the remedy."""
+
+
+def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
+    """Raise unless `value` is a `kind`; `what` says in words what to give."""
+    if not isinstance(value, kind):
+        raise ZeroskipError(f"{name} is a {type(value).__name__}: give {what}")
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError, expect, suggest
 
 __all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites", "site_patterns", "unwrapped"]
 
@@ -200,8 +200,7 @@ def select_sites(
     model: nn.Module, include: str | Iterable[str] | None = None, exclude: str | Iterable[str] | None = ("lm_head",)
 ) -> tuple[list[Site], dict[str, str]]:
     """As `find_sites`, with the reason for every site that was named out: ({sites}, {name: reason})."""
-    if not isinstance(model, nn.Module):
-        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    expect("model", model, nn.Module, "an nn.Module")
     wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
     every = [Site(name, module) for name, module in model.named_modules() if _adapter(module) is not None]
     names = [site.name for site in every]

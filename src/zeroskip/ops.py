@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zeroskip import _core
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.formats.base import Packed
 
 __all__ = ["ACTIVATIONS", "activation_code", "call", "kernels", "linear", "run", "tune"]
@@ -103,8 +103,9 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
     ZeroskipError
         A dtype, shape or name that does not fit; the line states it.
     """
-    if not isinstance(packed, Packed):
-        raise ZeroskipError(f"packed is a {type(packed).__name__}: give what pack() returns")
+    expect("packed", packed, Packed, "what pack() returns")
+    expect("x", x, Tensor, "a tensor")
+    expect("bias", bias, Tensor | None, "a tensor or None")
     result: Tensor = call(x, packed.blob, bias, packed.shape[0], activation_code(activation))
     return result
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zeroskip import _core
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.formats import blob as blobs
 from zeroskip.formats.blob import VALUES, Header
 from zeroskip.quantize import BITS, LIMIT, Quantized, quantize
@@ -184,6 +184,7 @@ def pack(
     ZeroskipError
         Not a finite 2-D weight, an unknown name, or a weight that the format cannot hold; the line says why.
     """
+    expect("weight", weight, Tensor, "a tensor [m, k]")
     chosen = get(format)
     values = _value_type(weight, chosen, values)
     if values in VALUES and (group_size is not None or isinstance(scales, Tensor)):
@@ -205,6 +206,7 @@ def pack(
 
 def unpack(packed: Packed) -> Tensor:
     """The weight [m, k]: bit-equal to what was packed, or, of integers, code * scale in fp32."""
+    expect("packed", packed, Packed, "what pack() returns")
     if packed.group_size:
         return packed._quantized().dequantize()
     return get(packed.format).unpack(Header.of(packed.blob), blobs.sections(packed.blob))

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Entry
 from zeroskip.io.save import INDEX, WEIGHTS
@@ -46,6 +46,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
         If something is missing, damaged or does not fit, naming the file, the tensor and the problem. An instance
         given as `model` is then not usable.
     """
+    expect("directory", directory, str | os.PathLike, "a path")
+    expect("model", model, nn.Module | None, "an nn.Module or None")
     folder = Path(directory)
     if not folder.is_dir():
         raise ZeroskipError(f"{directory}: no such directory; for a hub id use transformers' from_pretrained")

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Later
 from zeroskip.io.scales import scales_of, write_scales
@@ -57,8 +57,8 @@ def save(
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise ZeroskipError(f"max_shard_bytes is {max_shard_bytes!r}; give a positive number of bytes")
-    if not isinstance(model, nn.Module):
-        raise ZeroskipError(f"model is a {type(model).__name__}: give an nn.Module")
+    expect("model", model, nn.Module, "an nn.Module")
+    expect("directory", directory, str | os.PathLike, "a path")
     model = unwrapped(model)
     target = Path(os.path.realpath(directory))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
