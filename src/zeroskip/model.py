@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, expect, suggest
 
-__all__ = ["Adapter", "Site", "find_sites", "replace", "select_sites", "site_patterns", "unwrapped"]
+__all__ = ["Adapter", "Site", "find_sites", "fits", "replace", "select_sites", "site_patterns", "unwrapped"]
 
 log = logging.getLogger(__name__)
 
@@ -205,17 +205,17 @@ def select_sites(
     every = [Site(name, module) for name, module in model.named_modules() if _adapter(module) is not None]
     names = [site.name for site in every]
     for pattern in wanted:
-        if not any(_fits(pattern, name) for name in names):
+        if not any(fits(pattern, name) for name in names):
             raise ZeroskipError(f"include {pattern!r} names no site" + suggest(pattern, names))
     for pattern in unwanted:
-        if pattern != "lm_head" and not any(_fits(pattern, name) for name in names):
+        if pattern != "lm_head" and not any(fits(pattern, name) for name in names):
             log.warning("exclude %r names no site%s", pattern, suggest(pattern, names))
     tied = _tied(model)
     sites: list[Site] = []
     skipped: dict[str, str] = {}
     for site in every:
-        barred = next((p for p in unwanted if _fits(p, site.name)), None)
-        if wanted and not any(_fits(p, site.name) for p in wanted):
+        barred = next((p for p in unwanted if fits(p, site.name)), None)
+        if wanted and not any(fits(p, site.name) for p in wanted):
             skipped[site.name] = "not included"
         elif barred is not None:
             skipped[site.name] = f"excluded by {barred!r}"
@@ -242,7 +242,7 @@ def site_patterns(what: str, given: str | Iterable[str] | None) -> tuple[str, ..
     return patterns
 
 
-def _fits(pattern: str, name: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[2], pattern)

@@ -14,7 +14,7 @@ from zeroskip.errors import ZeroskipError
 __all__ = ["journal_of", "prune"]
 
 ROWS_A_BATCH = 8
-EXAMPLE = "zeroskip prune bert-base-uncased out --pattern 8:16@64 --text sentences.txt"
+EXAMPLE = "zeroskip prune Qwen/Qwen3-0.6B out --recipe llm-int4-50 --text sentences.txt"
 
 
 @command("prune", EXAMPLE)
@@ -40,6 +40,12 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
     values: Annotated[str | None, typer.Option(help="int4 or int8, for gptq and sparsegpt+gptq.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME", help="What to do to which layers: YAML, a pruned model, or a name such as llm-int4-50."
+        ),
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Prune MODEL and store it in OUT as an ordinary model with zeros in it.
@@ -57,8 +63,10 @@ def prune(
     asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
     asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
     asked |= {"values": values, "group_size": group_size}
-    if Recipe.read(asked).needs_data and text is None and calibration is None:
-        raise ZeroskipError(f"method {method!r} needs data: give --text FILE or --calibration FILE")
+    read = Recipe.read(asked, recipe)
+    if read.needs_data and text is None and calibration is None:
+        names = ", ".join(repr(each.name) for each in read.methods if each.needs_data)
+        raise ZeroskipError(f"method {names} needs data: give --text FILE or --calibration FILE")
     batches = None if calibration is None else _read_batches(calibration)
     with step(f"loading {model}"):
         network = models.load(model)
@@ -74,6 +82,7 @@ def prune(
             report = prune_model(
                 network,
                 **asked,
+                recipe=recipe,
                 text=text,
                 tokenizer=tokenizer,
                 calibration=batches,

@@ -13,10 +13,13 @@ from zeroskip.prune.snip import Snip  # isort: skip
 from zeroskip.prune.grasp import Grasp  # isort: skip
 from zeroskip.prune.synflow import SynFlow  # isort: skip
 from zeroskip.prune.gptq import Gptq, SparseGPTQ  # isort: skip
+from zeroskip.prune.rtn import Rtn  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver
 from zeroskip.prune.composition import Composition, methods
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
+from zeroskip.prune.recipe import Recipe
+from zeroskip.prune.recipe_file import recipes
 from zeroskip.prune.report import Report
 from zeroskip.prune.run import prune
 from zeroskip.prune.tune import Tune
@@ -36,7 +39,9 @@ __all__ = [
     "Pattern",
     "Problem",
     "Random",
+    "Recipe",
     "Report",
+    "Rtn",
     "Snip",
     "Solution",
     "Solver",
@@ -47,4 +52,5 @@ __all__ = [
     "Wanda",
     "methods",
     "prune",
+    "recipes",
 ]

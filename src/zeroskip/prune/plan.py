@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
-from zeroskip.errors import ZeroskipError
-from zeroskip.model import Site, select_sites
+from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.model import Site, fits, select_sites
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
 from zeroskip.prune.settings import Settings
@@ -55,26 +56,46 @@ class Plan:
         ZeroskipError
             Where nothing is left to prune, or a site does not fit its pattern.
         """
-        include, exclude = recipe.values["include"], recipe.values["exclude"]
-        sites, skipped = select_sites(model, include, exclude)
-        blocks = find_blocks(model, sites if include else ())
-        inside = {site.name for block in blocks for site in sites_of(block, sites)}
-        skipped |= {site.name: OUTSIDE for site in sites if site.name not in inside}
-        sites = [site for site in sites if site.name in inside]
-        if not sites:
-            raise ZeroskipError(
-                "the model has nothing to prune: no nn.Linear or Conv1D is left"
-                + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
-            )
+        blocks, sites, skipped = _chosen(recipe, model)
+        settings: dict[str, Settings] = {}
+        effective: set[int] = set()
+        known: dict[Any, Settings] = {}
         for site in sites:
-            recipe.settings.check(site)
-        settings = {site.name: recipe.settings for site in sites}
+            found, rules = recipe.settings(site.name)
+            effective |= rules
+            if found is None:
+                by = max(rules)
+                skipped[site.name] = "left dense by " + (recipe.rules[by].where if by >= 0 else "the recipe")
+            else:
+                settings[site.name] = known.setdefault(json.dumps(found.to_dict()), found)  # one object where alike
+        for index, rule in enumerate(recipe.rules):
+            theirs = [site.name for site in sites if rule.fits(site.name)]
+            if theirs and index not in effective:
+                raise ZeroskipError(
+                    f"{rule.where} has no effect: later rules change all it says for every layer it fits, "
+                    f"such as {theirs[0]}; leave it out or put it behind them"
+                )
+        if not settings and not recipe.values.get("dense"):
+            raise ZeroskipError("the model has nothing to prune: the rules leave every layer dense")
+        sites = [site for site in sites if site.name in settings]
+        for site in sites:
+            settings[site.name].check(site)
         return Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped)
 
     @property
     def needs_data(self) -> bool:
         """Whether it cannot run without calibration."""
         return any(settings.composition.needs_data for settings in self.settings.values())
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether a site outside the lists of blocks, such as a head, must see every token."""
+        alone = [block for block in self.blocks if block.name == block.group]
+        return any(
+            block.name == ""
+            or any(self.settings[site.name].composition.needs_data for site in sites_of(block, self.sites))
+            for block in alone
+        )
 
     @property
     def names(self) -> str:
@@ -107,3 +128,37 @@ class Plan:
         for method, sites in asking.values():
             found |= method.survey(Survey(model, sites, batches, loss, patterns, sparsity, self.seed))
         return found
+
+
+def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], dict[str, str]]:
+    """Return the blocks, the sites in them that are to be looked at, and why others are not."""
+    include, exclude = recipe.values["include"], recipe.values["exclude"]
+    sites, skipped = select_sites(model, include, exclude)
+    names = [*(site.name for site in sites), *skipped]
+    for rule in recipe.rules:
+        if not rule.optional and not any(rule.fits(name) for name in names):
+            near = suggest(rule.include[0], names) if rule.include else ""
+            raise ZeroskipError(f"{rule.where} names no layer: {', '.join(rule.include) or 'all are excluded'}{near}")
+    named = [
+        name for name in names for rule in recipe.rules if rule.fits(name) and any(fits(p, name) for p in rule.named)
+    ]
+    extra = select_sites(model, named, None)[0] if named else []
+    sites += [site for site in extra if site.name in skipped]
+    blocks = find_blocks(model, sites if include else extra)
+    inside = {site.name for block in blocks for site in sites_of(block, sites)}
+    for site in sites:
+        skipped.pop(site.name, None)
+        if site.name not in inside:
+            skipped[site.name] = OUTSIDE
+    for rule in recipe.rules:
+        left = [name for name in names if rule.fits(name)]
+        if left and not rule.optional and not rule.changes.get("dense") and not inside & set(left):
+            raise ZeroskipError(f"{rule.where} names only layers that are left out: {left[0]} ({skipped[left[0]]})")
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    sites = sorted((site for site in sites if site.name in inside), key=lambda site: order[site.name])
+    if not sites:
+        raise ZeroskipError(
+            "the model has nothing to prune: no nn.Linear or Conv1D is left"
+            + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
+        )
+    return blocks, sites, skipped

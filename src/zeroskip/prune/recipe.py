@@ -1,16 +1,25 @@
-"""What a user asks for, read and checked before anything moves."""
+"""What a user asks for: settings for all layers, rules for some of them; read and checked before anything moves.
+
+Every rule that fits a layer changes what it names, in order, so the last rule that names a thing has the last word.
+What a method cannot take (a sparsity for `gptq`, integers for `wanda`) is an error in the rule that names both, and is
+dropped where it was only inherited from before the rule that named the method.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import site_patterns
+from zeroskip.model import fits, site_patterns
+from zeroskip.prune.composition import Composition
+from zeroskip.prune.patterns import Pattern
+from zeroskip.prune.recipe_file import load_recipe
 from zeroskip.prune.settings import Settings
 
-__all__ = ["DEFAULTS", "Recipe"]
+__all__ = ["DEFAULTS", "Recipe", "Rule"]
 
 DEFAULTS: dict[str, Any] = {
     "method": "wanda+ls",
@@ -22,6 +31,72 @@ DEFAULTS: dict[str, Any] = {
     "values": None,
     "group_size": None,
 }
+SETTINGS = ("method", "pattern", "sparsity", "values", "group_size")  # what a rule may change, besides "dense"
+ENTRIES = ("about", *DEFAULTS, "dense", "rules")
+RULE_ENTRIES = ("include", "exclude", "optional", "dense", *SETTINGS)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings for some layers.
+
+    Attributes
+    ----------
+    include, exclude : tuple of str
+        As for `find_sites`; without `include` it fits every layer that `exclude` does not.
+    optional : bool
+        Whether it may fit no layer at all.
+    changes : dict
+        Some of {"dense", "method", "pattern", "sparsity", "values", "group_size"}.
+    where : str
+        "rule 2", for messages.
+    """
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    optional: bool
+    changes: dict[str, Any]
+    where: str
+
+    @staticmethod
+    def read(given: Any, where: str) -> Rule:
+        if not isinstance(given, Mapping):
+            raise ZeroskipError(
+                f"{where} is a {type(given).__name__}: give a map such as {{include: ..., dense: true}}"
+            )
+        _check_entries(given, RULE_ENTRIES, where)
+        include, exclude = (site_patterns(f"{where}: {key}", given.get(key)) for key in ("include", "exclude"))
+        if not include and not exclude:
+            raise ZeroskipError(f"{where} does not say for which layers: give include or exclude")
+        optional = _flag(given, "optional", where)
+        dense = _flag(given, "dense", where)
+        changes = {key: given[key] for key in SETTINGS if given.get(key) is not None}
+        if dense and changes:
+            raise ZeroskipError(
+                f"{where} leaves its layers dense, and gives them a {next(iter(changes))}: leave one out"
+            )
+        if "dense" in given:
+            changes["dense"] = dense
+        try:
+            Composition.parse(changes.get("method", DEFAULTS["method"]))
+            Pattern.parse(changes.get("pattern", DEFAULTS["pattern"]))
+        except ZeroskipError as error:
+            raise ZeroskipError(f"{where}: {error}") from None
+        if not changes:
+            raise ZeroskipError(f"{where} changes nothing: give one of {', '.join(('dense', *SETTINGS))}")
+        return Rule(include, exclude, optional, changes, where)
+
+    def fits(self, name: str) -> bool:
+        """Whether the rule is for a layer."""
+        wanted = not self.include or any(fits(pattern, name) for pattern in self.include)
+        return wanted and not any(fits(pattern, name) for pattern in self.exclude)
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Its patterns without a wildcard, which reach layers that nothing else would."""
+        if self.changes.get("dense"):
+            return ()
+        return tuple(p for p in self.include if not p.startswith("re:") and not set(p) & set("*?["))
 
 
 @dataclass(frozen=True)
@@ -32,34 +107,122 @@ class Recipe:
     ----------
     values : dict
         The JSON values that reproduce it.
-    settings : Settings
-        What is done to a site.
+    rules : tuple of Rule
     """
 
     values: dict[str, Any]
-    settings: Settings
+    rules: tuple[Rule, ...] = ()
 
     @staticmethod
-    def read(given: dict[str, Any], recipe: Mapping[str, Any] | None = None) -> Recipe:
-        """Merge the arguments of `prune` with its `recipe=`, which may not contradict them."""
+    def read(given: Mapping[str, Any], recipe: Mapping[str, Any] | str | os.PathLike[str] | None = None) -> Recipe:
+        """Merge the arguments of `prune` with its `recipe=`, which may not contradict them.
+
+        Parameters
+        ----------
+        given : mapping
+            A value for each key of `DEFAULTS`; one that equals the default counts as not given.
+        recipe : mapping, name or path, optional
+            See docs/pruning.md.
+
+        Raises
+        ------
+        ZeroskipError
+            One line, on anything that is unknown, of the wrong type or contradictory.
+        """
+        asked: Any = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else recipe
+        asked = {} if recipe is None else asked
+        if not isinstance(asked, Mapping):
+            raise ZeroskipError(f"recipe is a {type(asked).__name__}: give a map of entries, a file or a name")
+        _check_entries(asked, ENTRIES, "recipe")
         values = dict(given)
-        if recipe is not None:
-            if not isinstance(recipe, Mapping):
-                raise ZeroskipError(f"recipe is a {type(recipe).__name__}: give a dict")
-            for key, value in recipe.items():
-                if key not in DEFAULTS:
-                    raise ZeroskipError(f"recipe has an unknown entry {key!r}" + suggest(str(key), DEFAULTS))
-                if given[key] not in (DEFAULTS[key], value):
-                    raise ZeroskipError(f"{key} is {given[key]!r}, and {value!r} in the recipe: leave one out")
-                values[key] = value
+        for key in DEFAULTS:
+            if asked.get(key) is None and key not in ("include", "exclude"):
+                continue
+            if key in asked:
+                if given[key] not in (DEFAULTS[key], asked[key]):
+                    raise ZeroskipError(f"{key} is {given[key]!r}, and {asked[key]!r} in the recipe: leave one out")
+                values[key] = asked[key]
         for key in ("include", "exclude"):
             values[key] = None if values[key] is None else list(site_patterns(key, values[key]))
-        if not isinstance(values["seed"], int):
+        if isinstance(values["seed"], bool) or not isinstance(values["seed"], int):
             raise ZeroskipError(f"seed is {values['seed']!r}: give an integer")
-        settings = Settings.read(values)
-        return Recipe(values | settings.to_dict(), settings)
+        if not isinstance(asked.get("about"), str | None):
+            raise ZeroskipError(f"about is {asked['about']!r}: give a sentence")
+        rules = asked.get("rules")
+        if not isinstance(rules, list | tuple | None):
+            raise ZeroskipError(f"rules is a {type(rules).__name__}: give a list of maps")
+        if _flag(asked, "dense", "recipe"):
+            for key in SETTINGS:
+                if asked.get(key) is not None or given[key] != DEFAULTS[key]:
+                    raise ZeroskipError(f"the recipe leaves all layers dense: leave {key} out")
+                del values[key]
+            values["dense"] = True
+        else:
+            values |= Settings.read(values).to_dict()
+        if rules:
+            values["rules"] = [dict(rule) if isinstance(rule, Mapping) else rule for rule in rules]
+        return Recipe(values, tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1)))
+
+    @property
+    def methods(self) -> list[Composition]:
+        """Every method that is named."""
+        names = [] if self.values.get("dense") else [self.values["method"]]
+        names += [rule.changes["method"] for rule in self.rules if "method" in rule.changes]
+        return [Composition.parse(name) for name in dict.fromkeys(names)]
 
     @property
     def needs_data(self) -> bool:
         """Whether it cannot run without calibration."""
-        return self.settings.composition.needs_data
+        return any(method.needs_data for method in self.methods)
+
+    def settings(self, name: str) -> tuple[Settings | None, set[int]]:
+        """Return what is done to a layer, None where it stays dense, and the indices of the rules that had a say."""
+        values, source = DEFAULTS | self.values, dict.fromkeys(SETTINGS, -1)
+        dense_by = -1
+        for index, rule in enumerate(self.rules):
+            if rule.fits(name):
+                values |= {"dense": False} | rule.changes
+                source |= dict.fromkeys(rule.changes, index)
+                dense_by = index
+        if values.get("dense"):
+            return None, {dense_by}
+        awake = source.pop("dense", -1)  # a rule that says dense: false
+        if awake >= 0 and not self.rules[awake].changes["dense"]:
+            source["dense"] = awake
+        try:
+            _drop_inherited(values, source)
+            settings = Settings.read(values)
+        except ZeroskipError as error:
+            blamed = " and ".join(self.rules[i].where for i in sorted({*source.values()} - {-1}))
+            raise ZeroskipError(f"{blamed}: {error} (for {name})" if blamed else str(error)) from None
+        return settings, set(source.values())
+
+
+def _drop_inherited(values: dict[str, Any], source: dict[str, int]) -> None:
+    """Forget what comes from before the rule that named the method, or the pattern, and does not go with it."""
+    method, pattern = Composition.parse(values["method"]).method, Pattern.parse(values["pattern"])
+    gone = [] if method.chooses else ["sparsity"]
+    gone += [] if method.quantizes else ["values", "group_size"]
+    for key in gone:
+        if source[key] < source["method"]:
+            values[key] = None
+            del source[key]
+    if not method.serves(pattern) and source["pattern"] < source["method"]:
+        values["pattern"] = "unstructured"
+        del source["pattern"]
+    elif pattern.sparsity is not None and source.get("sparsity", source["pattern"]) < source["pattern"]:
+        values["sparsity"] = None
+        del source["sparsity"]
+
+
+def _check_entries(given: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ZeroskipError(f"{where} has an unknown entry {key!r}" + suggest(str(key), known))
+
+
+def _flag(given: Mapping[str, Any], key: str, where: str) -> bool:
+    value = given.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ZeroskipError(f"{where}: {key} is {value!r}: give true or false")
+    return bool(value)

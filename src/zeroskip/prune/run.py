@@ -34,7 +34,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     text: str | os.PathLike[str] | Iterable[str] | None = None,
     tokenizer: Any = None,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     loss: Loss | None = None,
     values: str | None = None,
     group_size: int | None = None,
@@ -62,9 +62,10 @@ def prune(
         Tokens where `attention_mask` is 0 count in no statistic.
     text, tokenizer : optional
         Instead of `calibration`: see `zeroskip.calibrate.text_batches`.
-    recipe : dict, optional
-        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size"}, any of them, instead
-        of the arguments.
+    recipe : dict, path or name, optional
+        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size", "dense", "rules"}, any
+        of them, instead of the arguments; a YAML file that says so; or one of `zeroskip.recipes()`. See
+        docs/pruning.md.
     loss : callable, optional
         (model's output, `zeroskip.calibrate.Batch`) -> scalar, for methods that need gradients (snip, grasp). A
         causal language model has a default: the next token's cross-entropy.
@@ -124,7 +125,7 @@ def prune(
     report = Report(plan.recipe, skipped=plan.skipped)
     batches: list[Batch] = []
     if plan.needs_data or (plan.surveys and calibration is not None):
-        one_logit = not plan.surveys and all(block.name != block.group for block in plan.blocks)
+        one_logit = not plan.surveys and not plan.needs_head
         batches = read_batches(model, calibration, one_logit)
     with _evaluating(model):
         book = Journal(journal, model, plan.recipe, batches) if journal is not None else None
@@ -133,7 +134,7 @@ def prune(
             walk.calibrated(batches)
         else:
             walk.plainly()
-    if not report.rows:
+    if not report.rows and plan.sites:
         raise ZeroskipError(f"nothing was pruned: every site {UNSEEN}; give data that reaches the model's blocks")
     order = {site.name: index for index, site in enumerate(plan.sites)}
     report.rows.sort(key=lambda row: order[row.name])

@@ -75,8 +75,13 @@ class Walk:
 
     def calibrated(self, batches: list[Batch]) -> None:
         """Prune block after block, each on what the pruned blocks before it give."""
-        plan, sites = self.plan, self.plan.sites
-        replay = Replay(self.model, plan.blocks, batches, plan.seed)
+        plan = self.plan
+        # What needs no data and stands outside the lists of blocks comes first: embeddings feed the blocks, and a head
+        # need not run.
+        first = [block for block in plan.blocks if block.name == block.group and self._free(block)]
+        known = {site.name for block in first for site in sites_of(block, plan.sites)}
+        sites = [site for site in plan.sites if site.name not in known]
+        replay = Replay(self.model, [block for block in plan.blocks if block not in first], batches, plan.seed)
         called = {site.name for block in replay.order for site in sites_of(block, sites)}
         lost = [site for site in sites if site.name not in called]
         if lost:
@@ -84,11 +89,12 @@ class Walk:
             replay = Replay(self.model, [*replay.order, *map(_alone, lost)], batches, replay.seed)
         last = max((i for i, block in enumerate(replay.order) if sites_of(block, sites)), default=-1)
         reached = {site.name for block in replay.order[: last + 1] for site in sites_of(block, sites)}
-        free = {name for name, settings in plan.settings.items() if not settings.composition.needs_data}
-        rest = [_alone(site) for site in sites if site.name in free - reached]
-        total = last + 1 + len(rest)
+        rest = [block for block in map(_alone, sites) if block.name not in reached and self._free(block)]
+        start, stop = len(first), len(first) + last + 1
+        total = stop + len(rest)
         teacher = Teacher(replay) if plan.block_solvers(sites) else None
-        for index, block in enumerate(replay.order[: last + 1]):
+        self._plainly(first, 0, total)
+        for index, block in enumerate(replay.order[: last + 1], start):
             self._tell(index, total, block)
             if teacher is not None:
                 teacher.learn(block)
@@ -98,15 +104,20 @@ class Walk:
                 if teacher is not None and rows:
                     rows[0].notes += self._taught(replay, block, inside, teacher)
                 self._finish(index, block, inside, rows)
-            if index < last:
+            if index < stop - 1:
                 replay.advance(block)
-        self._plainly(rest, last + 1, total)
+        self._plainly(rest, stop, total)
         self._tell(total, total, None)
         done = {row.name for row in self.report.rows}
         for site in sites:
             if site.name not in done:
                 self.report.skipped[site.name] = UNSEEN
                 log.warning("%s %s and stays dense", site.name, UNSEEN)
+
+    def _free(self, block: Block) -> bool:
+        """Whether a block holds sites, none of which needs data."""
+        inside = sites_of(block, self.plan.sites)
+        return bool(inside) and not any(self.plan.settings[s.name].composition.needs_data for s in inside)
 
     def _plainly(self, blocks: Sequence[Block], first: int, total: int) -> None:
         for index, block in enumerate(blocks, first):
