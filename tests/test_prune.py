@@ -257,7 +257,7 @@ WRONG = [
     ({"loss": lambda: None}, "need gradients"),
     ({"recipe": {"methd": "wanda"}}, "did you mean 'method'"),
     ({"recipe": {"sparsity": 0.7}}, "0.7 in the recipe"),
-    ({"recipe": "wanda"}, "give a dict"),
+    ({"recipe": 7}, "recipe is a int: give a map"),
     ({"seed": 0.5}, "give an integer"),
     ({"include": 7}, "include is 7: give globs"),
     ({"exclude": 7}, "exclude is 7: give globs"),
