@@ -25,7 +25,9 @@ LINES = "return the list\nopen a file and read a line\n\nraise an error\n"
 @pytest.fixture
 def pruned(encoder, text, tmp_path):
     out = tmp_path / "pruned"
-    result = cli("prune", encoder, out, "--pattern", "8:16@64", "--text", text, "--json", tmp_path / "prune.json")
+    result = cli(
+        "prune", encoder, out, "--pattern", "8:16@64", "--text", text, "--json", tmp_path / "prune.json", "--no-speed"
+    )
     assert result.exit_code == 0, result.output
     return out
 

@@ -127,7 +127,7 @@ def test_calibration_tensors_prune_like_text_does(encoder, tmp_path):
     ids = torch.randint(4, 40, (10, 8), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tmp_path / "data.safetensors")
     asked = ("--pattern", "2:4", "--calibration", tmp_path / "data.safetensors", "--json", tmp_path / "report.json")
-    assert cli("prune", encoder, tmp_path / "out", *asked).exit_code == 0
+    assert cli("prune", encoder, tmp_path / "out", *asked, "--no-speed").exit_code == 0
     assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["tokens"] == 80
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_nothing_but_the_journal(encoder, text, tmp_path, mon
         assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
         assert "the disk is full" in refused("compile", encoder, tmp_path / "compiled", "--tokens", "4")
         assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert cli("prune", encoder, tmp_path / "out", "--pattern", "2:4", "--text", text).exit_code == 0
+    assert cli("prune", encoder, tmp_path / "out", "--pattern", "2:4", "--text", text, "--no-speed").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

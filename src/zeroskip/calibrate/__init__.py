@@ -6,7 +6,7 @@ from zeroskip.calibrate.journal import Journal
 from zeroskip.calibrate.replay import Block, Replay
 from zeroskip.calibrate.stats import Collector, SharingError, Stat
 from zeroskip.calibrate.teacher import Lesson, Teacher, first_tensor
-from zeroskip.calibrate.text import strings_of, text_batches, token_stream, window_limit
+from zeroskip.calibrate.text import drawn_windows, strings_of, text_batches, token_stream, window_limit
 
 __all__ = [
     "Batch",
@@ -18,6 +18,7 @@ __all__ = [
     "SharingError",
     "Stat",
     "Teacher",
+    "drawn_windows",
     "find_blocks",
     "first_tensor",
     "read_batches",

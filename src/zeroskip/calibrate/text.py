@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["strings_of", "text_batches", "token_stream", "window_limit"]
+__all__ = ["drawn_windows", "strings_of", "text_batches", "token_stream", "window_limit"]
 
 ROWS = 128  # sequences at most: the sample of the papers; more changes little
 BATCH = 8
@@ -55,17 +55,30 @@ def text_batches(
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ZeroskipError("text= serves encoders and decoders: give an encoder-decoder model calibration= batches")
-    tokens = int(min(tokens, window_limit(model, tokenizer)))
-    encoder = getattr(tokenizer, "cls_token_id", None) is not None
-    strings = strings_of(text, encoder)
-    if encoder:
-        rows = [tokenizer(string, truncation=True, max_length=tokens)["input_ids"] for string in strings]
-        rows = sorted(_sample(rows, seed), key=len)
+    if _is_encoder(tokenizer):
+        limit = int(min(tokens, window_limit(model, tokenizer)))
+        strings = strings_of(text, paragraphs=True)
+        rows = [tokenizer(string, truncation=True, max_length=limit)["input_ids"] for string in strings]
+        rows = sorted((rows[at] for at in _drawn(len(rows), seed)), key=len)
         return [_padded(rows[at : at + BATCH], tokenizer.pad_token_id or 0) for at in range(0, len(rows), BATCH)]
-    stream = token_stream(strings, tokenizer)
-    rows = [stream[at : at + tokens] for at in range(0, len(stream) - tokens + 1, tokens)] or [stream]
-    rows = _sample(rows, seed)
+    rows, _ = drawn_windows(model, text, tokenizer, seed, tokens)
     return [{"input_ids": torch.tensor(rows[at : at + BATCH])} for at in range(0, len(rows), BATCH)]
+
+
+def drawn_windows(
+    model: nn.Module, text: str | os.PathLike[str] | Iterable[str], tokenizer: Any, seed: int = 0, tokens: int = 512
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the windows of a text that `text_batches`, called alike for a decoder, takes, and those it leaves."""
+    tokens = int(min(tokens, window_limit(model, tokenizer)))
+    stream = token_stream(strings_of(text), tokenizer)
+    rows = [stream[at : at + tokens] for at in range(0, len(stream) - tokens + 1, tokens)] or [stream]
+    drawn = _drawn(len(rows), seed)
+    left = sorted(set(range(len(rows))) - set(drawn))
+    return [rows[at] for at in drawn], [rows[at] for at in left]
+
+
+def _is_encoder(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "cls_token_id", None) is not None
 
 
 def window_limit(model: nn.Module, tokenizer: Any) -> float:
@@ -124,11 +137,12 @@ def _read(path: Path, paragraphs: bool) -> list[str]:
     return strings
 
 
-def _sample(rows: list[list[int]], seed: int) -> list[list[int]]:
-    if len(rows) <= ROWS:
-        return rows
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:ROWS]
-    return [rows[int(index)] for index in order.sort().values]
+def _drawn(count: int, seed: int) -> list[int]:
+    """Which of `count` rows calibrate, in order."""
+    if count <= ROWS:
+        return list(range(count))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:ROWS]
+    return [int(index) for index in order.sort().values]
 
 
 def _padded(rows: list[list[int]], pad: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,18 @@ def output_directory(path: Path) -> Path:
 
 
 class Companions:
-    """The files beside a model's weights; `zeroskip.save` takes it where it takes a tokenizer."""
+    """The files beside a model's weights; `zeroskip.save` takes it where it takes a tokenizer.
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    `texts` are further files, by name.
+    """
+
+    def __init__(self, model: str, texts: Mapping[str, str] | None = None) -> None:
+        self.model, self.texts = model, texts or {}
 
     def save_pretrained(self, directory: Path) -> None:
         """Copy them unchanged; from the hub, the tokenizer as transformers stores it."""
+        for name, text in self.texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
         source = Path(self.model)
         if not source.is_dir():
             load_tokenizer(self.model).save_pretrained(directory)

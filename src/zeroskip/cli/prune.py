@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zeroskip.cli.terminal import Json, command, interrupted, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["journal_of", "prune"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from zeroskip.prune import Report
+
+__all__ = ["journal_of", "prune", "report_files"]
 
 ROWS_A_BATCH = 8
 EXAMPLE = "zeroskip prune Qwen/Qwen3-0.6B out --recipe llm-int4-50 --text sentences.txt"
@@ -46,9 +52,20 @@ def prune(
             metavar="FILE|NAME", help="What to do to which layers: YAML, a pruned model, or a name such as llm-int4-50."
         ),
     ] = None,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure perplexity on it. Default: on windows of --text that are left over."
+        ),
+    ] = None,
+    eval_context: Annotated[int | None, typer.Option(help="Tokens of a window of --eval-text. Default: 512.")] = None,
+    quality: Annotated[bool, typer.Option(help="Measure a language model's perplexity before and after.")] = True,
+    speed: Annotated[
+        bool, typer.Option(help="Measure whether the zeros pay on this machine (zeroskip analyze).")
+    ] = True,
     json_path: Json = None,
 ) -> None:
-    """Prune MODEL and store it in OUT as an ordinary model with zeros in it.
+    """Prune MODEL and store it in OUT as an ordinary model with zeros in it, with report.json and report.html.
 
     Finished blocks are kept in OUT.partial until OUT is there: interrupted or killed, the same command goes on where it
     stopped and gives the same result.
@@ -70,14 +87,20 @@ def prune(
     batches = None if calibration is None else _read_batches(calibration)
     with step(f"loading {model}"):
         network = models.load(model)
-        tokenizer = None if text is None else models.load_tokenizer(model)
+        tokenizer = None if text is None and eval_text is None else models.load_tokenizer(model)
 
+    from zeroskip.cli.evidence import Evidence
     from zeroskip.io import save
     from zeroskip.prune import prune as prune_model
+    from zeroskip.prune.plan import Plan
 
+    evidence = Evidence(network, tokenizer, text, eval_text, eval_context, read.values["seed"], quality, speed)
+    if evidence.judge is not None:
+        Plan.of(read, network)  # refuses what cannot be done before time is spent on measuring
     journal = journal_of(out)
     fresh = not journal.exists()
     try:
+        evidence.before(network)
         with progress("pruning") as advance:
             report = prune_model(
                 network,
@@ -89,8 +112,9 @@ def prune(
                 journal=journal,
                 progress=advance,
             )
+        evidence.after(network, report)
         with step(f"writing {out}"):
-            save(network, out, tokenizer=models.Companions(model))
+            save(network, out, tokenizer=models.Companions(model, report_files(report, network)))
     except BaseException as error:
         if interrupted(error):
             kept = any(journal.glob("*.safetensors"))
@@ -107,6 +131,14 @@ def prune(
 def journal_of(out: Path) -> Path:
     """The directory that holds the finished blocks of an unfinished `out`."""
     return out.parent / f"{out.name}.partial"
+
+
+def report_files(report: Report, network: nn.Module) -> dict[str, str]:
+    """Return report.json and report.html."""
+    from zeroskip.report import render
+
+    as_json = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+    return {"report.json": as_json, "report.html": render(report, network)}
 
 
 def _read_batches(path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["Report", "Row"]
 
@@ -45,7 +49,7 @@ class Row:
 
 @dataclass
 class Report:
-    """The outcome of `prune`; `str` gives a table, `to_dict` plain values for JSON.
+    """The outcome of `prune`; `str` gives a table, `to_dict` plain values for JSON, `html` a page with pictures.
 
     Attributes
     ----------
@@ -56,12 +60,18 @@ class Report:
         Sites left dense, with the reason.
     seconds : float
         The whole run.
+    quality : dict, optional
+        {"about": which text, "before", "after": `Perplexity.to_dict()`}, or {"problem": why not}.
+    speed : dict, optional
+        {"advice": one sentence, "gains": {tokens: ratio}, "machine": text}, of `zeroskip.analyze`.
     """
 
     recipe: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    quality: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -77,7 +87,20 @@ class Report:
     def from_dict(data: dict[str, Any]) -> Report:
         """Read what `to_dict` wrote."""
         rows = [Row(**row) for row in data["rows"]]
-        return Report(data["recipe"], rows, data["skipped"], data["seconds"])
+        more = {name: data.get(name) for name in ("quality", "speed")}
+        return Report(data["recipe"], rows, data["skipped"], data["seconds"], **more)
+
+    def html(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+        """Write a page that needs no other file and no network; with the pruned `model`, pictures of its zeros too.
+
+        Raises
+        ------
+        ZeroskipError
+            If the file cannot be written; one that was there is then as it was.
+        """
+        from zeroskip.report import write
+
+        write(self, path, model)
 
     def __str__(self) -> str:
         head = ("site", "shape", "pattern", "asked", "zeros", "error", "after solve", "s")
@@ -94,7 +117,27 @@ class Report:
         total = (
             f"{self.recipe.get('method', '')}: {len(self.rows)} sites, {self.sparsity:.2%} zeros, {self.seconds:.1f} s"
         )
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *self.findings()])
+
+    def findings(self) -> list[str]:
+        """Return a line on perplexity and one on speed, as far as they were measured."""
+        lines = []
+        if self.quality is not None:
+            lines.append(f"perplexity {_change(self.quality)}")
+        if self.speed is not None:
+            lines.append(f"speed: {self.speed['advice']}")
+        return lines
+
+
+def _change(quality: dict[str, Any]) -> str:
+    if "problem" in quality:
+        return f"not measured: {quality['problem']}"
+    before, after = (_figure(quality[when]["value"]) for when in ("before", "after"))
+    return f"{before} -> {after} ({quality['about']})"
+
+
+def _figure(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.2f}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zeroskip.calibrate import strings_of, token_stream, window_limit
 from zeroskip.errors import ZeroskipError, first_line
 
-__all__ = ["Perplexity", "perplexity", "windows"]
+__all__ = ["Perplexity", "perplexity", "score", "sizes", "windows"]
 
 CONTEXT = 2048  # where neither the caller nor the model says less
 LOGITS = 1 << 25  # numbers that one call may return: the batch is as large as that allows, up to
@@ -68,7 +68,6 @@ class Perplexity:
         )
 
 
-@torch.no_grad()
 def perplexity(
     model: nn.Module,
     text: str | os.PathLike[str] | Iterable[str],
@@ -103,13 +102,25 @@ def perplexity(
 
     Source: sliding windows as transformers' documentation describes them for models of fixed length.
     """
-    started = time.perf_counter()
     if tokenizer is None:
         raise ZeroskipError("perplexity needs the model's tokenizer: pass tokenizer=")
+    context, stride = sizes(context, stride, window_limit(model, tokenizer))
+    cut = windows(token_stream(strings_of(text), tokenizer), context, stride)
+    return score(model, cut, context, stride, progress)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    cut: Tensor,
+    context: int,
+    stride: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Perplexity:
+    """As `perplexity`, of windows [windows, tokens] that are already cut."""
+    started = time.perf_counter()
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ZeroskipError(f"a {type(model).__name__} has an encoder and a decoder: perplexity is of causal models")
-    context, stride = _sizes(context, stride, window_limit(model, tokenizer))
-    cut = windows(token_stream(strings_of(text), tokenizer), context, stride)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -145,7 +156,8 @@ def windows(stream: list[int], context: int, stride: int) -> Tensor:
     return ids.unfold(0, context, stride) if len(stream) >= context else ids.unsqueeze(0)
 
 
-def _sizes(context: int | None, stride: int | None, limit: float) -> tuple[int, int]:
+def sizes(context: int | None, stride: int | None, limit: float) -> tuple[int, int]:
+    """Return context and stride in tokens, checked, and with their defaults."""
     for name, value in (("context", context), ("stride", stride)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ZeroskipError(f"{name} is {value!r}: give a whole number of tokens")

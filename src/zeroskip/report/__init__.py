@@ -1,0 +1,5 @@
+"""The report of a pruning run as one HTML page."""
+
+from zeroskip.report.page import render, write
+
+__all__ = ["render", "write"]
