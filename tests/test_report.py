@@ -69,7 +69,7 @@ def test_the_page_shows_every_site_and_asks_for_nothing(pruned):
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         assert all(attributes[name].startswith("data:image/png") for name in ("src", "href") if name in attributes)
-    shown = " ".join("".join(page.text).split())
+    shown = " ".join(" ".join(page.text).split())
     for expected in ("50.00% zeros in 21 sites", "18.40 → infinite", "held.txt: 1,234 tokens", "1.25x the best dense"):
         assert expected in shown
     assert "Do not bother <b>." in shown and "<i>CPU</i>" in shown and not page.of("i")
