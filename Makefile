@@ -26,13 +26,13 @@ demo: $(DONE)/package $(DONE)/demo
 	$(BIN)/zeroskip demo
 
 # The whole suite runs on the best row of this CPU, the tests of the kernels on every lower one as well.
-test: $(DONE)/package $(DONE)/test
+test: $(DONE)/package $(DONE)/serve $(DONE)/test
 	$(BIN)/pytest
 	@set -e; for row in $$($(BIN)/python -c "import zeroskip; print(*zeroskip.isa().available[:-1])"); do \
 	  echo "ZEROSKIP_ISA=$$row"; ZEROSKIP_ISA=$$row $(BIN)/pytest -m kernels; \
 	done
 
-lint: $(DONE)/dependencies $(DONE)/lint
+lint: $(DONE)/dependencies $(DONE)/serve $(DONE)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -80,6 +80,6 @@ $(DONE)/package: $(SOURCES) $(DONE)/dependencies $(DONE)/build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-$(DONE)/demo $(DONE)/test $(DONE)/lint $(DONE)/wheel: pyproject.toml | $(DONE)/dependencies
+$(DONE)/demo $(DONE)/serve $(DONE)/test $(DONE)/lint $(DONE)/wheel: pyproject.toml | $(DONE)/dependencies
 	$(PIP) $(call listed,project.optional-dependencies.$(@F))
 	@touch $@
