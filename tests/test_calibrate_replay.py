@@ -154,9 +154,10 @@ def test_a_model_that_keeps_state_between_calls_is_refused():
         replay_of(Counts().eval(), [torch.ones(2, 8)])
 
 
-def test_a_model_without_lists_is_one_block():
+def test_in_a_model_without_lists_each_layer_is_a_block():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    assert [block.name for block in replay_of(model, [torch.ones(2, 8)]).order] == [""]
+    assert [block.name for block in replay_of(model, [torch.ones(2, 8)]).order] == ["0", "2"]
+    assert [block.name for block in find_blocks(nn.Linear(8, 8))] == [""]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_any_module_and_one_without_scales(tmp_path):
 
 GIVEN = {
     "no such site": ({"model.layers.9": torch.ones(1, 4, 1)}, "model.layers.9: the model has no such site"),
-    "no site": ({"model.norm": torch.ones(1, 4, 1)}, "model.norm: a LlamaRMSNorm is not a site"),
+    "no site": ({"model.norm": torch.ones(1, 4, 1)}, "model.norm: the model has no such site"),
     "shape": ({"model.layers.0.mlp.up_proj": torch.ones(64, 1)}, r"\[64, 1\] where \[1, 64, groups of inputs\]"),
     "type": ({"model.layers.0.mlp.up_proj": torch.ones(1, 64, 1, dtype=torch.float64)}, "torch.float64"),
     "count": ({"model.layers.0.mlp.up_proj": torch.ones(1, 64, 5)}, "5 scales for 32 inputs"),

@@ -1,7 +1,4 @@
-"""The sites of a model: the weights that can be pruned and packed, each seen as a stack of matrices.
-
-One adapter class per kind of module; a new kind is one more subclass of `Adapter`.
-"""
+"""The sites of a model: which weights can be pruned and packed, and which of them the user wants. Kinds: `sites/`."""
 
 from __future__ import annotations
 
@@ -10,168 +7,26 @@ import logging
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zeroskip.errors import ZeroskipError, expect, suggest
+from zeroskip.sites import Adapter, Site, sites_in
 
-__all__ = ["Adapter", "Site", "find_sites", "fits", "replace", "select_sites", "site_patterns", "unwrapped"]
+__all__ = [
+    "Adapter",
+    "Site",
+    "every_site",
+    "find_sites",
+    "fits",
+    "replace",
+    "select_sites",
+    "site_patterns",
+    "unwrapped",
+]
 
 log = logging.getLogger(__name__)
-
-
-class Adapter:
-    """How one kind of module is seen as matrices [groups, out, in], with y = x @ W^T in each group."""
-
-    kinds: ClassVar[list[type[Adapter]]] = []
-
-    def __init_subclass__(cls) -> None:
-        Adapter.kinds.append(cls)
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        raise NotImplementedError
-
-    @staticmethod
-    def weight(module: nn.Module) -> Tensor:
-        """Return the weight as [groups, out, in], a view of the parameter where the layout allows it."""
-        raise NotImplementedError
-
-    @staticmethod
-    def write(module: nn.Module, weight: Tensor) -> None:
-        """Copy [groups, out, in] into the parameter, in place."""
-        raise NotImplementedError
-
-    @staticmethod
-    def inputs(module: nn.Module, x: Tensor) -> Tensor:
-        """Return what the matrices multiply, [groups, tokens, in], from the module's first argument [..., in].
-
-        The tokens of group 0 are the leading dimensions of `x`, flattened in order.
-        """
-        raise NotImplementedError
-
-
-class LinearAdapter(Adapter):
-    """nn.Linear: the weight is [out, in] as it stands."""
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and module.weight.dim() == 2 and module.weight.is_floating_point()
-
-    @staticmethod
-    def weight(module: nn.Module) -> Tensor:
-        return _parameter(module).unsqueeze(0)
-
-    @staticmethod
-    def write(module: nn.Module, weight: Tensor) -> None:
-        _parameter(module).copy_(weight[0])
-
-    @staticmethod
-    def inputs(module: nn.Module, x: Tensor) -> Tensor:
-        return x.reshape(1, -1, x.shape[-1])
-
-
-class Conv1DAdapter(LinearAdapter):
-    """Conv1D of transformers (GPT-2 and its kin): a linear layer stored as [in, out]."""
-
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        # By name, so that transformers need not be imported.
-        kind = type(module)
-        return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-    @staticmethod
-    def weight(module: nn.Module) -> Tensor:
-        return _parameter(module).t().unsqueeze(0)
-
-    @staticmethod
-    def write(module: nn.Module, weight: Tensor) -> None:
-        _parameter(module).copy_(weight[0].t())
-
-
-def _parameter(module: nn.Module) -> Tensor:
-    return cast(Tensor, module.weight).detach()
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One prunable weight of a model.
-
-    Attributes
-    ----------
-    name : str
-        Dotted path of the module in the model.
-    module : nn.Module
-        The module that owns the weight.
-    """
-
-    name: str
-    module: nn.Module
-
-    @property
-    def adapter(self) -> type[Adapter]:
-        kind = _adapter(self.module)
-        if kind is None:
-            raise ZeroskipError(f"{self.name}: a {type(self.module).__name__} is not a site")
-        return kind
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(groups, out, in) of the matrix view."""
-        groups, rows, columns = self.weight().shape
-        return groups, rows, columns
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
-
-    @property
-    def scales(self) -> Tensor | None:
-        """[groups, out, ceil(in / group)] where a solver has rounded the weight to integers times these, or None.
-
-        They are kept on the module, as `zeroskip_scales`, and no cast of the model touches them.
-        """
-        scales = getattr(self.module, "zeroskip_scales", None)
-        return scales if isinstance(scales, Tensor) else None
-
-    def keep_scales(self, scales: Tensor | None) -> None:
-        """Set or, with None, forget the scales of a weight that was just written."""
-        self.module.__dict__.pop("zeroskip_scales", None)
-        if scales is not None:
-            self.module.__dict__["zeroskip_scales"] = scales
-
-    def weight(self) -> Tensor:
-        """Return the weight [groups, out, in] in the model's dtype, a view where possible; do not write to it."""
-        return self.adapter.weight(self.module)
-
-    def write(self, weight: Tensor) -> None:
-        """Write [groups, out, in] into the parameter in place, in the parameter's dtype; zeros become +0.0.
-
-        Raises
-        ------
-        ZeroskipError
-            If a value does not fit the model's dtype; the parameter is then as it was.
-        """
-        old = self.weight()
-        new = weight.to(old.dtype) + 0.0  # -0.0 + 0.0 is +0.0: sparse kernels elsewhere read -0.0 as a value
-        if not bool(torch.isfinite(new).all()):
-            raise ZeroskipError(
-                f"{self.name}: a new weight overflows {old.dtype}; load the model in float32 or bfloat16"
-            )
-        with torch.no_grad():
-            self.adapter.write(self.module, new)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Return the module's first argument as [groups, tokens, in]."""
-        return self.adapter.inputs(self.module, x)
-
-
-def _adapter(module: nn.Module) -> type[Adapter] | None:
-    return next((kind for kind in reversed(Adapter.kinds) if kind.matches(module)), None)
 
 
 def find_sites(
@@ -182,11 +37,14 @@ def find_sites(
     Parameters
     ----------
     model : nn.Module
-        Any module; nn.Linear and transformers' Conv1D are sites.
+        Any module. Sites are the weights of linear layers (torch's and transformers'), convolutions, recurrent layers,
+        nn.MultiheadAttention, embeddings and stacked experts.
     include, exclude : patterns, optional
-        Globs on site names; a glob that fits the last dotted part counts too ("lm_head" fits "model.lm_head").
-        "re:..." is a regular expression that must fit the whole name. `exclude` wins over `include`. A weight tied to
-        another module (the same Parameter) is left out unless `include` names it without a wildcard.
+        Globs on site names ("rnn.weight_*"); a glob that fits the last dotted part counts too ("lm_head" fits
+        "model.lm_head"). "re:..." is a regular expression that must fit the whole name. `exclude`
+        wins over `include`. Embeddings and depthwise convolutions are left out unless a pattern of `include` without a
+        wildcard in its last part fits; a weight tied to another module (the same Parameter), unless its whole name is
+        there.
 
     Raises
     ------
@@ -202,7 +60,7 @@ def select_sites(
     """As `find_sites`, with the reason for every site that was named out: ({sites}, {name: reason})."""
     expect("model", model, nn.Module, "an nn.Module")
     wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
-    every = [Site(name, module) for name, module in model.named_modules() if _adapter(module) is not None]
+    every = every_site(model)
     names = [site.name for site in every]
     for pattern in wanted:
         if not any(fits(pattern, name) for name in names):
@@ -215,11 +73,14 @@ def select_sites(
     skipped: dict[str, str] = {}
     for site in every:
         barred = next((p for p in unwanted if fits(p, site.name)), None)
-        if wanted and not any(fits(p, site.name) for p in wanted):
+        fitting = [p for p in wanted if fits(p, site.name)]
+        if wanted and not fitting:
             skipped[site.name] = "not included"
         elif barred is not None:
             skipped[site.name] = f"excluded by {barred!r}"
-        elif id(getattr(site.module, "weight", None)) in tied and site.name not in wanted:
+        elif site.adapter.asked and not any(map(_literal, fitting)):
+            skipped[site.name] = f"{site.adapter.asked}; name it in include= to prune it"
+        elif id(site.tensor) in tied and site.name not in wanted:
             skipped[site.name] = "weight tied to another module; name it in include= to prune both"
         else:
             sites.append(site)
@@ -243,9 +104,27 @@ def site_patterns(what: str, given: str | Iterable[str] | None) -> tuple[str, ..
 
 
 def fits(pattern: str, name: str) -> bool:
+    """Whether a glob or "re:..." fits the name of a site."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def _literal(pattern: str) -> bool:
+    """Whether a pattern names its layer: no wildcard in the last part."""
+    return not pattern.startswith("re:") and not set(pattern.rpartition(".")[2]) & set("*?[")
+
+
+def every_site(model: nn.Module) -> list[Site]:
+    """Return all sites of a model in module order, whether they are pruned by default or not."""
+    found: list[Site] = []
+    taken: set[int] = set()
+    for name, module in model.named_modules():
+        mine = [site for site in sites_in(name, module) if id(module) not in taken]
+        # A child whose weight its parent computes with is never called: the weight is the parent's site.
+        taken |= {id(module.get_submodule(s.parameter.rpartition(".")[0])) for s in mine if "." in s.parameter}
+        found += mine
+    return found
 
 
 def _tied(model: nn.Module) -> set[int]:

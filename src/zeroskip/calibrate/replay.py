@@ -260,7 +260,12 @@ class Replay:
             return run
 
         device = next((p.device for p in self.model.parameters() if p.is_cuda), None)
-        with self._replaced(wrap), torch.no_grad(), torch.random.fork_rng([] if device is None else [device]):
+        with (
+            self._replaced(wrap),
+            _called_as_modules(),
+            torch.no_grad(),
+            torch.random.fork_rng([] if device is None else [device]),
+        ):
             (torch.default_generator if device is None else torch).manual_seed(self.seed)
             try:
                 return batch.call(self.model)
@@ -287,6 +292,17 @@ class Replay:
                 block.module.__dict__.pop("forward")
                 if forward is not None:
                     block.module.__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def _called_as_modules() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer from taking all of its parts through one fused call, which no hook would see."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _stop(*_: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import Site
+from zeroskip.sites import Call, Inputs, Site
 
 __all__ = ["Collector", "Gram", "SharingError", "Stat", "Sum", "SumOfSquares"]
 
@@ -31,15 +31,26 @@ class Stat:
         """Return the statistic of one batch, x [groups, tokens, in] fp32."""
         raise NotImplementedError
 
-    def update(self, x: Tensor) -> None:
-        self.add(self.of(x))
+    @staticmethod
+    def blind(total: Tensor) -> Tensor:
+        """Return what stands in for the statistic of a group that no token reached, [...]: inputs alike and apart."""
+        raise NotImplementedError
+
+    def update(self, x: Inputs) -> None:
+        """Count one batch; where groups differ in how many tokens they have, x is a list, one [tokens, in] a group."""
+        self.add(self.of(x) if isinstance(x, Tensor) else torch.cat([self.of(each.unsqueeze(0)) for each in x]))
 
     def merge(self, other: Stat) -> None:
         if other.total is not None:
             self.add(other.total)
 
     def add(self, part: Tensor) -> None:
-        self.total = part.clone() if self.total is None else self.total.add_(part)
+        if self.total is None:
+            self.total = part.clone()
+        elif self.total.shape == part.shape:
+            self.total.add_(part)
+        else:  # one for all groups, and one a group
+            self.total = self.total + part
 
 
 class Sum(Stat):
@@ -51,6 +62,10 @@ class Sum(Stat):
     def of(x: Tensor) -> Tensor:
         return x.sum(1, dtype=torch.float64).float()
 
+    @staticmethod
+    def blind(total: Tensor) -> Tensor:
+        return torch.zeros_like(total)
+
 
 class SumOfSquares(Stat):
     """Sum over tokens of x_j^2, [groups, in] fp32 (each batch summed in fp64)."""
@@ -60,6 +75,10 @@ class SumOfSquares(Stat):
     @staticmethod
     def of(x: Tensor) -> Tensor:
         return x.double().square_().sum(1).float()
+
+    @staticmethod
+    def blind(total: Tensor) -> Tensor:
+        return torch.ones_like(total)
 
 
 class Gram(Stat):
@@ -71,6 +90,10 @@ class Gram(Stat):
     def of(x: Tensor) -> Tensor:
         return x.transpose(1, 2) @ x
 
+    @staticmethod
+    def blind(total: Tensor) -> Tensor:
+        return torch.eye(len(total), dtype=total.dtype, device=total.device)
+
 
 class SharingError(Exception):
     """Two sites that shared their input in one run did not in another; collect again without sharing."""
@@ -81,15 +104,19 @@ class _Tally:
 
     def __init__(self, needs: Iterable[str]) -> None:
         self.stats = {need: Stat.known[need]() for need in needs}
-        self.tokens = 0
+        self.counts: Tensor | None = None
         self.calls = 0
         self.leader: _Tally | None = None
 
+    def count(self, tokens: list[int]) -> None:
+        more = torch.tensor(tokens)
+        self.counts = more if self.counts is None else self.counts + more
+
 
 class Collector:
-    """Hooks on sites that fill their statistics while the model runs.
+    """Hooks on modules that fill the statistics of their sites while the model runs.
 
-    Sites that are called with the very same tensor (query, key and value; gate and up) share one accumulator.
+    Modules that are called with the very same tensor (query, key and value; gate and up) share one accumulator.
 
     Parameters
     ----------
@@ -116,46 +143,59 @@ class Collector:
     ) -> None:
         self.visible, self.share = visible, share
         needs = tuple(needs)
-        self.tallies = {site.name: _Tally(needs) for site in sites}
+        by_module: dict[int, list[Site]] = {}
+        for site in sites:
+            by_module.setdefault(id(site.module), []).append(site)
+        self.tallies = {site.name: _Tally(needs) for those in by_module.values() for site in those}
         self.seen: dict[int, tuple[Tensor, _Tally]] = {}
         self.handles = [
-            site.module.register_forward_pre_hook(self._hook(site, self.tallies[site.name]), with_kwargs=True)
-            for site in sites
+            those[0].module.register_forward_pre_hook(self._hook(those), with_kwargs=True)
+            for those in by_module.values()
         ]
 
-    def _hook(self, site: Site, tally: _Tally) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, sites: Sequence[Site]) -> Callable[[nn.Module, Any, Any], None]:
+        kind = sites[0].adapter
+        by_parameter = {site.parameter: site for site in sites}
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            tally.calls += 1
-            shared = self.seen.get(id(x))
-            leader = shared[1] if shared is not None and self.share else None
-            if leader is tally:
-                leader = None
-            if tally.calls > 1 and leader is not tally.leader:
-                raise SharingError(site.name)
-            tally.leader = leader
-            if leader is not None:
+            call = Call(args, kwargs, self.visible)
+            source = kind.source(module, call)
+            if source is not None and self._led(self.tallies[sites[0].name], source, sites[0].name):
                 return
-            self.seen.setdefault(id(x), (x, tally))  # holds x, so that its id is not given away during the run
-            self._count(site, tally, x)
+            for parameter, x in kind.inputs(module, call, tuple(by_parameter)):
+                if parameter in by_parameter:
+                    self._count(by_parameter[parameter], x)
 
         return hook
 
-    def _count(self, site: Site, tally: _Tally, x: Tensor) -> None:
-        keep = self.visible(x)
-        tokens = site.inputs(x.detach())
-        if keep is not None:
-            tokens = tokens[:, keep.reshape(-1).to(tokens.device)]
-        if tokens.shape[1] == 0:
+    def _led(self, tally: _Tally, x: Tensor, name: str) -> bool:
+        """Whether another site counts this very tensor already."""
+        tally.calls += 1
+        shared = self.seen.get(id(x))
+        leader = shared[1] if shared is not None and self.share else None
+        if leader is tally:
+            leader = None
+        if tally.calls > 1 and leader is not tally.leader:
+            raise SharingError(name)
+        tally.leader = leader
+        if leader is None:
+            self.seen.setdefault(id(x), (x, tally))  # holds x, so that its id is not given away during the run
+        return leader is not None
+
+    def _count(self, site: Site, x: Inputs) -> None:
+        parts = [x] if isinstance(x, Tensor) else x
+        lengths = [len(part) for part in parts] if isinstance(x, list) else [x.shape[1]] * len(x)
+        if not any(lengths):
             return
-        tokens = tokens.float()
-        if not bool(torch.isfinite(tokens).all()):
+        parts = [part.float() for part in parts]
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ZeroskipError(
                 f"{site.name}: its calibration input holds NaN or Inf; check the data and the model's dtype"
             )
-        tally.tokens += tokens.shape[1]
+        tally = self.tallies[site.name]
+        tally.count(lengths)
         for stat in tally.stats.values():
-            stat.update(tokens)
+            stat.update(parts if isinstance(x, list) else parts[0])
 
     def next_run(self) -> None:
         """Forget the tensors of the last forward call."""
@@ -170,6 +210,8 @@ class Collector:
     def result(self, site: Site) -> tuple[int, dict[str, Tensor]]:
         """Return (tokens counted, {name: [groups, ...]}) of a site; no statistics where no token was counted.
 
+        "tokens" is among them: [groups] how many each group saw. One row of a statistic may stand for all groups.
+
         Raises
         ------
         SharingError
@@ -180,10 +222,12 @@ class Collector:
             if tally.leader.calls != tally.calls:
                 raise SharingError(site.name)
             tally = tally.leader
+        if tally.counts is None:
+            return 0, {}
         totals = {name: stat.total for name, stat in tally.stats.items() if stat.total is not None}
         for name, total in totals.items():
             if not bool(torch.isfinite(total).all()):
                 raise ZeroskipError(
                     f"{site.name}: the statistic {name!r} of its inputs overflows float32; scale the data"
                 )
-        return tally.tokens, totals
+        return int(tally.counts.max()), totals | {"tokens": tally.counts}

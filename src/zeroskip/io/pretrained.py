@@ -19,7 +19,7 @@ from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, first_line
 from zeroskip.hf import METHOD, ZeroskipConfig, is_ignored, ties_of, untie
 from zeroskip.io.container import Later
-from zeroskip.model import Conv1DAdapter
+from zeroskip.sites import Conv1DAdapter
 
 __all__ = ["from_directory", "write_config"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import container
 from zeroskip.io.container import Later
-from zeroskip.model import Site
+from zeroskip.model import Site, every_site
 from zeroskip.quantize import GROUPS
 
 __all__ = ["FILE", "restore_scales", "scales_of", "write_scales"]
@@ -29,8 +29,8 @@ TYPES = (torch.float16, torch.float32, torch.bfloat16)
 
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the scales that the sites of a model keep, by the name of the site."""
-    kept = ((name, module.__dict__.get("zeroskip_scales")) for name, module in model.named_modules())
-    return {name: scales for name, scales in kept if isinstance(scales, Tensor)}
+    kept = ((site.name, site.scales) for site in every_site(model))
+    return {name: scales for name, scales in kept if scales is not None}
 
 
 def write_scales(directory: Path, scales: Mapping[str, Tensor | Later]) -> None:
@@ -52,19 +52,18 @@ def restore_scales(model: nn.Module, directory: Path) -> None:
     if not path.exists():
         return
     entries = container.read_header(path)
-    modules = dict(model.named_modules())
+    sites = {site.name: site for site in every_site(model)}
     try:
         with safe_open(path, "pt") as file:
             for name in entries:
-                _keep(path, name, modules.get(name), file.get_tensor(name))
+                _keep(path, name, sites.get(name), file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ZeroskipError(f"{path}: {error}") from None
 
 
-def _keep(path: Path, name: str, module: nn.Module | None, scales: Tensor) -> None:
-    if module is None:
+def _keep(path: Path, name: str, site: Site | None, scales: Tensor) -> None:
+    if site is None:
         raise ZeroskipError(f"{path}: {name}: the model has no such site; remove the file to go on without scales")
-    site = Site(name, module)
     groups, rows, columns = site.shape
     able = [-(-columns // size) for size in GROUPS]
     if scales.dtype not in TYPES or scales.dim() != 3 or scales.shape[:2] != (groups, rows):

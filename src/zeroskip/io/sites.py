@@ -18,10 +18,10 @@ from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
 from zeroskip.io.container import Later
-from zeroskip.model import Conv1DAdapter, Site
 from zeroskip.nn import PackedLinear
 from zeroskip.ops import ACTIVATIONS
 from zeroskip.planning.install import compiled_layers, put_in
+from zeroskip.sites import Conv1DAdapter, Site
 
 __all__ = [
     "blobs_of",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import Site, select_sites
+from zeroskip.model import Site, every_site, select_sites
 from zeroskip.planning.candidates import NAMES, allowed_values
 from zeroskip.planning.choose import Choice, choose
 from zeroskip.planning.install import weights_of
@@ -21,6 +21,7 @@ from zeroskip.planning.measure import Measured, measure
 from zeroskip.planning.plan import SitePlan
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.zeros import Zeros, find_zeros
+from zeroskip.sites import LinearAdapter
 
 __all__ = ["Planner", "check_weights", "plannable", "site_plan"]
 
@@ -123,7 +124,10 @@ def check_weights(sites: list[Site]) -> None:
 def plannable(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
     """Return the sites that can be planned, and one note for each kind that cannot."""
     every, skipped = select_sites(model, exclude=())
-    notes = [f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items()]
+    tables = {site.name for site in every_site(model) if isinstance(site.module, nn.Embedding)}
+    notes = [
+        f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items() if name not in tables
+    ]
     check_weights(every)
     bound = _bound_to_parents(model)
     sites: list[Site] = []
@@ -154,8 +158,10 @@ def _bound_to_parents(model: nn.Module) -> dict[int, str]:
 def _obstacle(site: Site, bound: Mapping[int, str]) -> str | None:
     """Return why the site cannot be replaced by another module, None if it can."""
     module = site.module
-    if site.shape[0] != 1:
-        return "stacks of matrices are not compiled yet"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{type(module).__name__} reads its weight directly"
+    if not issubclass(site.adapter, LinearAdapter):
+        return f"{type(module).__name__} is not compiled yet"
     if id(module) in bound:
         return f"{bound[id(module)]} reads its weight directly"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:

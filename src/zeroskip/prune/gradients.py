@@ -18,8 +18,10 @@ __all__ = ["as_matrices", "differentiable", "loss_of", "parameters_of"]
 
 
 def parameters_of(sites: Sequence[Site]) -> list[nn.Parameter]:
-    """Return the floating-point parameters of the sites' own modules, each once, biases among them."""
-    every = (p for site in sites for p in site.module.parameters(recurse=False) if p.is_floating_point())
+    """Return the weights of the sites and the other parameters of their modules, each once, biases among them."""
+    every = (
+        p for site in sites for p in (site.tensor, *site.module.parameters(recurse=False)) if p.is_floating_point()
+    )
     return list({id(parameter): parameter for parameter in every}.values())
 
 

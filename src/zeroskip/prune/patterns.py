@@ -46,6 +46,10 @@ class Pattern:
     def rows(self) -> int:
         return 1
 
+    def shares(self, sparsity: float, groups: int, shape: tuple[int, ...]) -> list[float]:
+        """Return the sparsity of each of `groups` matrices [out, in]; together they drop the exact count."""
+        return [sparsity] * groups
+
     @staticmethod
     def parse(text: str) -> Pattern:
         """Read a pattern's name.
@@ -120,6 +124,11 @@ class Block(Pattern):
         for what, size, multiple in (("outputs", shape[-2], self.height), ("inputs", shape[-1], self.width)):
             if size % multiple:
                 raise ZeroskipError(f"{name}: {size} {what} are not a multiple of {multiple}, which {self.name} needs")
+
+    def shares(self, sparsity: float, groups: int, shape: tuple[int, ...]) -> list[float]:
+        units = shape[-2] // self.height * (shape[-1] // self.width)
+        drop = round(groups * units * sparsity)
+        return [(drop * (group + 1) // groups - drop * group // groups) / units for group in range(groups)]
 
     def select(self, score: Tensor, sparsity: float, scope: Scope = "tensor") -> Tensor:
         rows, columns = score.shape

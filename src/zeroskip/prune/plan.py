@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site, fits, select_sites
+from zeroskip.model import Site, every_site, fits, select_sites
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
 from zeroskip.prune.settings import Settings
@@ -154,11 +154,15 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
         left = [name for name in names if rule.fits(name)]
         if left and not rule.optional and not rule.changes.get("dense") and not inside & set(left):
             raise ZeroskipError(f"{rule.where} names only layers that are left out: {left[0]} ({skipped[left[0]]})")
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    every = every_site(model)
+    order = {site.name: index for index, site in enumerate(every)}
     sites = sorted((site for site in sites if site.name in inside), key=lambda site: order[site.name])
+    for site in every:  # most models have embeddings, and nobody expects them to be pruned
+        if isinstance(site.module, nn.Embedding) and site.name in skipped and site.name not in named:
+            del skipped[site.name]
     if not sites:
         raise ZeroskipError(
-            "the model has nothing to prune: no nn.Linear or Conv1D is left"
+            "the model has nothing to prune: no weight is left that can be"
             + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
         )
     return blocks, sites, skipped

@@ -49,8 +49,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        Modified in place: nn.Linear and transformers' Conv1D inside its blocks. Its weights may be fp32, bf16 or fp16;
-        the work is done in fp32. The report is also set as `model.zeroskip_report`.
+        Modified in place: the weights in its blocks that `zeroskip.model.find_sites` finds, which may be fp32, bf16 or
+        fp16; the work is done in fp32. The report is also set as `model.zeroskip_report`.
     method : str
         One of `methods()`.
     sparsity : float, optional

@@ -73,13 +73,24 @@ class Settings:
         }
 
     def check(self, site: Site) -> None:
-        """Raise unless the site can hold the pattern and has finite weights."""
+        """Raise unless the site can hold the pattern, has finite weights, and inputs with the statistics needed."""
         weight = site.weight()
         if weight.is_meta:
             raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
-        self.pattern.check(site.shape, site.name)
+        self.pattern.check(site.grid, site.name)
+        known = site.adapter.statistics
+        if known is not None and not set(self.composition.needs) <= set(known):
+            raise ZeroskipError(
+                f"{site.name}: method {self.composition.name!r} needs inputs that correlate, which those of "
+                f"{_article(site)} do not: take 'magnitude' or 'wanda' for it"
+            )
         if not bool(torch.isfinite(weight).all()):
             raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")
+
+
+def _article(site: Site) -> str:
+    kind = type(site.module).__name__
+    return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def _integers(composition: Composition, values: Any, group_size: Any) -> Integers | None:

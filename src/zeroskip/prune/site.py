@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from zeroskip.calibrate import Stat
 from zeroskip.model import Site
 from zeroskip.prune.base import Problem
 from zeroskip.prune.report import Row
@@ -27,18 +28,25 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
     notes: list[str] = []
     scales: list[Tensor] = []
     before = after = total = 0.0
+    shares = settings.pattern.shares(settings.sparsity, len(old), site.shape)
+    blind: list[str] = []
     for group, weight in enumerate(old):
-        part = {name: value[group] for name, value in stats.items()}
-        problem = Problem(site.name, weight, settings.pattern, settings.sparsity, part, draw, tokens, settings.integers)
+        part, seen = _of_group(stats, group, tokens)
+        if tokens and not seen:
+            blind.append(str(group))
+        problem = Problem(site.name, weight, settings.pattern, shares[group], part, draw, seen, settings.integers)
         first, last = settings.composition.run(problem)
         new[group] = last.weight.masked_fill(~last.keep, 0.0)
         notes += last.notes
         if last.scales is not None:
             scales.append(last.scales)
-        if "gram" in part:
+        if "gram" in part and seen:
             total += _energy(weight, part["gram"])
             before += _energy(weight - first.weight, part["gram"])
             after += _energy(weight - new[group], part["gram"])
+    if blind:
+        which = ", ".join(blind)
+        notes.append(f"no calibration token reached matrices {which} of {len(old)}: their zeros are chosen by size")
     site.write(new)
     site.keep_scales(torch.stack(scales) if scales else None)
     written = site.weight()
@@ -54,6 +62,15 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
         seconds=time.perf_counter() - started,
         notes=list(dict.fromkeys(notes)),
     )
+
+
+def _of_group(stats: Mapping[str, Tensor], group: int, tokens: int) -> tuple[dict[str, Tensor], int]:
+    """Return the statistics of one matrix and how many tokens they saw; a single row stands for all groups."""
+    part = {name: value[group if len(value) > 1 else 0] for name, value in stats.items()}
+    seen = part.pop("tokens", None)
+    if seen is None or int(seen):
+        return part, tokens if seen is None else int(seen)
+    return {name: Stat.known[name].blind(value) if name in Stat.known else value for name, value in part.items()}, 0
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:

@@ -21,6 +21,7 @@ from zeroskip.calibrate import (
     Teacher,
     sites_of,
 )
+from zeroskip.calibrate.blocks import alone
 from zeroskip.calibrate.journal import generator
 from zeroskip.model import Site
 from zeroskip.prune.plan import Plan
@@ -86,10 +87,11 @@ class Walk:
         lost = [site for site in sites if site.name not in called]
         if lost:
             # Lists whose items are used but never called: their sites, where called, are blocks of their own.
-            replay = Replay(self.model, [*replay.order, *map(_alone, lost)], batches, replay.seed)
+            replay = Replay(self.model, [*replay.order, *alone(replay.order, lost)], batches, replay.seed)
         last = max((i for i, block in enumerate(replay.order) if sites_of(block, sites)), default=-1)
         reached = {site.name for block in replay.order[: last + 1] for site in sites_of(block, sites)}
-        rest = [block for block in map(_alone, sites) if block.name not in reached and self._free(block)]
+        late = alone([], [site for site in sites if site.name not in reached])
+        rest = [block for block in late if self._free(block)]
         start, stop = len(first), len(first) + last + 1
         total = stop + len(rest)
         teacher = Teacher(replay) if plan.block_solvers(sites) else None
@@ -181,10 +183,6 @@ class Walk:
             scales = {f"{site.name}:{SCALES}": site.scales for site in sites if site.scales is not None}
             self.journal.record(index, values | scales, [asdict(row) for row in rows])
         self.report.rows += rows
-
-
-def _alone(site: Site) -> Block:
-    return Block(site.name, site.module, site.name)
 
 
 def collect(
