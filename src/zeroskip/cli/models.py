@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,11 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError, first_line
+from zeroskip.io.companions import TOKENIZERS, copy_companions
 
 __all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_directory"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
-# What belongs to a model besides config and weights: tokenizers, processors, sentence-transformers' modules.
-COMPANIONS: tuple[str, ...] = (
-    *TOKENIZERS,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-)
-COMPANIONS += ("modules.json", "*sentence*.json", "[0-9]_*")
 
 
 def load(name: str) -> nn.Module:
@@ -120,8 +110,4 @@ class Companions:
         if not source.is_dir():
             load_tokenizer(self.model).save_pretrained(directory)
             return
-        for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
-            if path.is_dir():
-                shutil.copytree(path, directory / path.name)
-            elif not (directory / path.name).exists():
-                shutil.copyfile(path, directory / path.name)
+        copy_companions(source, directory)

@@ -18,7 +18,7 @@ from zeroskip.io.container import Entry
 from zeroskip.io.save import INDEX, WEIGHTS
 from zeroskip.io.scales import restore_scales
 
-__all__ = ["check_sites", "load", "read_files", "weight_files"]
+__all__ = ["check_sites", "load", "read_files", "read_json", "weight_files"]
 
 CONFIG = "config.json"
 Found = dict[str, tuple[Path, Entry]]
@@ -51,7 +51,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     folder = Path(directory)
     if not folder.is_dir():
         raise ZeroskipError(f"{directory}: no such directory; for a hub id use transformers' from_pretrained")
-    config = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
     info, where = _about(folder, config)
     if model is not None:
         if info is None:
@@ -79,10 +79,11 @@ def _about(folder: Path, config: dict[str, Any] | None) -> tuple[dict[str, Any] 
     if isinstance(stored, dict) and stored.get("quant_method") == "zeroskip":
         return meta.check(stored, folder / CONFIG), folder / CONFIG
     sidecar = folder / meta.SIDECAR
-    return (meta.check(_read_json(sidecar), sidecar), sidecar) if sidecar.exists() else (None, sidecar)
+    return (meta.check(read_json(sidecar), sidecar), sidecar) if sidecar.exists() else (None, sidecar)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object from a JSON file; whatever is wrong with it is one line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -100,7 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         raise ZeroskipError(f"{folder}: has neither {WEIGHTS} nor {INDEX}; other kinds of weight files are not read")
-    places = _read_json(folder / INDEX).get("weight_map")
+    places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ZeroskipError(f"{folder / INDEX}: has no weight_map")
     for name, file in places.items():

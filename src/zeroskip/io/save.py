@@ -21,7 +21,7 @@ from zeroskip.io.container import Later
 from zeroskip.io.scales import scales_of, write_scales
 from zeroskip.model import unwrapped
 
-__all__ = ["save"]
+__all__ = ["check_new", "save", "staged", "write_json", "write_weights"]
 
 log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
@@ -60,15 +60,13 @@ def save(
     expect("model", model, nn.Module, "an nn.Module")
     expect("directory", directory, str | os.PathLike, "a path")
     model = unwrapped(model)
-    target = Path(os.path.realpath(directory))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")
+    target = check_new(directory)
     info = meta.describe(model)
     tensors = sites.tensors_of(model)
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device.type == "meta":
             raise ZeroskipError(f"{name}: is on the meta device and has no values to store; load the model first")
-    with _staged(target) as stage:
+    with staged(target) as stage:
         if meta.is_pretrained(model):
             from zeroskip.io.pretrained import write_config
 
@@ -76,13 +74,21 @@ def save(
         else:
             tensors = _without_aliases(tensors)
         if not meta.is_pretrained(model) or not info["sites"]:
-            _write_json(stage / meta.SIDECAR, info)
+            write_json(stage / meta.SIDECAR, info)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         write_scales(stage, scales_of(model))
         blobs = [f"{name}.weight" for name, site in info["sites"].items() if site["kind"] == "packed"]
         write_weights(stage, tensors, blobs, max_shard_bytes)
     log.info("stored %d tensors, %d of them packed, in %s", len(tensors), len(blobs), target)
+
+
+def check_new(directory: str | os.PathLike[str]) -> Path:
+    """Return where a directory of this name lies, unless there is something already."""
+    target = Path(os.path.realpath(directory))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")
+    return target
 
 
 def write_weights(
@@ -104,7 +110,7 @@ def write_weights(
     if count > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _without_aliases(tensors: Mapping[str, Tensor | Later]) -> dict[str, Tensor | Later]:
@@ -115,7 +121,8 @@ def _without_aliases(tensors: Mapping[str, Tensor | Later]) -> dict[str, Tensor 
     return {name: tensors[name] for name in first.values()}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values to a file and sync it."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
@@ -124,7 +131,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def staged(target: Path) -> Iterator[Path]:
     """Yield a new directory beside `target`; rename it at the end, remove it and the parents made for it on failure."""
     made = [parent for parent in target.parents if not parent.exists()]
     stage = target.parent / f".{target.name}.{secrets.token_hex(4)}.saving"
