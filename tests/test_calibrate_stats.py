@@ -5,10 +5,9 @@ import torch
 from tiny_models import MODELS, batches, bert, llama, t5
 from torch import nn
 
-from zeroskip.calibrate import Block, Collector, Replay, Stat, find_blocks, read_batches, sites_of
+from zeroskip.calibrate import Block, Collector, Replay, Stat, collect, find_blocks, read_batches, sites_of
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
-from zeroskip.prune.walk import collect
 
 NEEDS = ("sumsq", "gram")
 

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "values": None,
     "group_size": None,
+    "rotate": False,
 }
 SETTINGS = ("method", "pattern", "sparsity", "values", "group_size")  # what a rule may change, besides "dense"
 ENTRIES = ("about", *DEFAULTS, "dense", "rules")
@@ -146,6 +147,7 @@ class Recipe:
             values[key] = None if values[key] is None else list(site_patterns(key, values[key]))
         if isinstance(values["seed"], bool) or not isinstance(values["seed"], int):
             raise ZeroskipError(f"seed is {values['seed']!r}: give an integer")
+        _flag(values, "rotate", "the recipe")
         if not isinstance(asked.get("about"), str | None):
             raise ZeroskipError(f"about is {asked['about']!r}: give a sentence")
         rules = asked.get("rules")
@@ -161,7 +163,10 @@ class Recipe:
             values |= Settings.read(values).to_dict()
         if rules:
             values["rules"] = [dict(rule) if isinstance(rule, Mapping) else rule for rule in rules]
-        return Recipe(values, tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1)))
+        found = Recipe(values, tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1)))
+        if values["rotate"] and not found.needs_data:
+            raise ZeroskipError("rotate needs a method that uses calibration data, such as wanda+ls: leave one out")
+        return found
 
     @property
     def methods(self) -> list[Composition]:

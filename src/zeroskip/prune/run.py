@@ -38,6 +38,7 @@ def prune(
     loss: Loss | None = None,
     values: str | None = None,
     group_size: int | None = None,
+    rotate: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = ("lm_head",),
     journal: str | os.PathLike[str] | None = None,
@@ -72,6 +73,9 @@ def prune(
     values, group_size : optional
         For methods that quantise (gptq, sparsegpt+gptq): "int4" (the default) or "int8", and how many inputs of a row
         share a scale: 32, 64 (the default) or 128. The scales stay with the module as `zeroskip_scales`.
+    rotate : bool
+        Turn the values of attention heads first, so that pruning their outputs loses less; the function stays the
+        same. For patterns shared by rows, such as 8:16@64: see `zeroskip.prune.rotate`.
     include, exclude : patterns, optional
         Globs on site names, "re:..." for regular expressions: see `zeroskip.model.find_sites`. Sites outside the
         blocks are pruned only where `include` names them.
@@ -108,6 +112,7 @@ def prune(
         "seed": seed,
         "values": values,
         "group_size": group_size,
+        "rotate": rotate,
     }
     asked = Recipe.read(given, recipe)
     model = unwrapped(model)

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from zeroskip.calibrate import Block, Lesson, first_tensor
+from zeroskip.calibrate import Block, Lesson, first_tensor, in_fp32, to_fp32
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site
 from zeroskip.prune.base import BlockSolver, Lessons
@@ -46,7 +44,7 @@ class Tune(BlockSolver):
         if torch.is_inference_mode_enabled():
             raise ZeroskipError("'+tune' needs gradients: call prune outside torch.inference_mode()")
         judges = lessons[:: max(1, len(lessons) // JUDGES)][:JUDGES]
-        with _in_fp32(block.module):
+        with in_fp32(block.module):
             learning = _learning(block.module, sites)
             old = [(parameter, parameter.detach().clone()) for parameter in learning]
             before = _judged(block, judges)
@@ -94,7 +92,7 @@ def _step(parameter: Tensor) -> float:
 
 
 def _loss(block: Block, lesson: Lesson) -> Tensor:
-    args, kwargs = pytree.tree_map(_to_fp32, (lesson.args, dict(lesson.kwargs)))
+    args, kwargs = pytree.tree_map(to_fp32, (lesson.args, dict(lesson.kwargs)))
     output = first_tensor(block.module(*args, **kwargs))
     target = lesson.target.float()
     if output is None or output.shape != target.shape:
@@ -116,25 +114,3 @@ def _learning(module: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
     """The weights and biases of the pruned sites and every vector of the block, each once, in module order."""
     pruned = {id(parameter) for site in sites for parameter in site.module.parameters()}
     return [each for each in module.parameters() if id(each) in pruned or each.dim() == 1]
-
-
-@contextmanager
-def _in_fp32(module: nn.Module) -> Iterator[None]:
-    """Hold the module's numbers in fp32, then put them back into their own types."""
-    held = [*module.parameters(), *module.buffers()]
-    types = [tensor.dtype for tensor in held]
-    wanted = [tensor.requires_grad for tensor in held]
-    try:
-        for tensor in held:
-            tensor.requires_grad_(False)
-            tensor.data = _to_fp32(tensor.data)
-        yield
-    finally:
-        for tensor, dtype, grad in zip(held, types, wanted, strict=True):
-            tensor.grad = None
-            tensor.data = tensor.data.to(dtype)
-            tensor.requires_grad_(grad)
-
-
-def _to_fp32(leaf: Any) -> Any:
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from zeroskip.calibrate import (
-    Batch,
-    Block,
-    Collector,
-    Journal,
-    Replay,
-    SharingError,
-    Teacher,
-    sites_of,
-)
+from zeroskip.calibrate import Batch, Block, Journal, Replay, Teacher, collect, sites_of
 from zeroskip.calibrate.blocks import alone
 from zeroskip.calibrate.journal import generator
 from zeroskip.model import Site
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.report import Report, Row
+from zeroskip.prune.rotate import rotate
 from zeroskip.prune.site import prune_site
 
-__all__ = ["UNSEEN", "Walk", "collect"]
+__all__ = ["UNSEEN", "Walk"]
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +93,10 @@ class Walk:
                 teacher.learn(block)
             inside = sites_of(block, sites)
             if not self._resumed(index, inside):
+                notes = self._rotated(replay, block, inside)
                 rows = self._pruned(inside, self._collected(replay, block, inside))
+                for row in rows:
+                    row.notes += notes.get(row.name, [])
                 if teacher is not None and rows:
                     rows[0].notes += self._taught(replay, block, inside, teacher)
                 self._finish(index, block, inside, rows)
@@ -134,6 +128,12 @@ class Walk:
         log.info("block %d of %d %s", done, total, name)
         if self.progress is not None:
             self.progress(done, total, name)
+
+    def _rotated(self, replay: Replay, block: Block, sites: list[Site]) -> dict[str, list[str]]:
+        if not self.plan.recipe["rotate"]:
+            return {}
+        patterns = {site.name: self.plan.settings[site.name].pattern for site in sites}
+        return rotate(replay, block, sites, patterns)
 
     def _collected(self, replay: Replay, block: Block, sites: list[Site]) -> Seen:
         if not sites:
@@ -183,30 +183,3 @@ class Walk:
             scales = {f"{site.name}:{SCALES}": site.scales for site in sites if site.scales is not None}
             self.journal.record(index, values | scales, [asdict(row) for row in rows])
         self.report.rows += rows
-
-
-def collect(
-    replay: Replay, block: Block, sites: Sequence[Site], needs: Mapping[str, Iterable[str]], share: bool = True
-) -> dict[str, tuple[int, dict[str, Tensor]]]:
-    """Return {site: (tokens, statistics)} of the sites of one block over all batches; `needs` are names by site."""
-    running = 0
-
-    def visible(x: Tensor) -> Tensor | None:
-        return replay.batches[running].visible(x, replay.arguments, replay.two_towers)
-
-    alike: dict[tuple[str, ...], list[Site]] = {}
-    for site in sites:
-        alike.setdefault(tuple(needs[site.name]), []).append(site)
-    try:
-        with ExitStack() as stack:
-            collectors = [Collector(those, names, visible, share) for names, those in alike.items()]
-            for collector in collectors:
-                stack.callback(collector.close)
-            for running in range(len(replay.batches)):
-                for collector in collectors:
-                    collector.next_run()
-                replay.collect(block, running)
-            pairs = zip(collectors, alike.values(), strict=True)
-            return {site.name: collector.result(site) for collector, those in pairs for site in those}
-    except SharingError:
-        return collect(replay, block, sites, needs, share=False)
