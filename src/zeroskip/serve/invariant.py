@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from zeroskip import ops
 from zeroskip.dense_layers import DenseLinear, OneDnnLinear
-from zeroskip.model import Conv1DAdapter
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import put_all
+from zeroskip.sites.linear import Conv1DAdapter
 
 __all__ = ["OneKernel", "RowByRow", "make_invariant"]
 
