@@ -109,3 +109,24 @@ def write_decoder(directory: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def write_endless(directory: Path, context: int = 2048) -> Path:
+    """A small LlamaForCausalLM with a long context and no token that ends an answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = write_tokenizer(directory, ["<pad>", "<unk>", "<eos>"])
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        eos_token_id=None,
+        initializer_range=0.2,  # far from level logits
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory

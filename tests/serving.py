@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from cli_models import write_tokenizer
 
 for needed in ("fastapi", "uvicorn", "prometheus_client", "psutil", "openai"):
     pytest.importorskip(needed, reason=f"needs {needed}: pip install 'zeroskip[serve,test]'")
@@ -69,24 +67,3 @@ def wait_until(condition, what, seconds=60):
     while not condition():
         assert time.monotonic() < end, f"not in {seconds} s: {what}"
         time.sleep(0.01)
-
-
-def write_endless(directory: Path, context: int = 2048) -> Path:
-    """A small LlamaForCausalLM with a long context and no token that ends an answer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = write_tokenizer(directory, ["<pad>", "<unk>", "<eos>"])
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        eos_token_id=None,
-        initializer_range=0.2,  # far from level logits
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from cli_models import WORDS, refused, zeroskip_process
-from serving import httpx, serving, wait_until, write_endless
+from cli_models import WORDS, refused, write_endless, zeroskip_process
+from serving import httpx, serving, wait_until
 
 openai = pytest.importorskip("openai")
 

@@ -1,7 +1,8 @@
 """The server keeps to its OpenAPI description, whatever it is sent."""
 
 import pytest
-from serving import serving, write_endless
+from cli_models import write_endless
+from serving import serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install 'zeroskip[test]'")
 

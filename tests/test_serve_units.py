@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from cli_models import write_endless
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import serving, write_endless
+from serving import serving
 from torch import nn
 
 import zeroskip as zs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = ["run"]
 
@@ -26,23 +26,37 @@ def run(
     text: Annotated[list[str] | None, typer.Option(help="A line to embed. Repeat. Default: lines of stdin.")] = None,
     prompt: Annotated[str | None, typer.Option(help="For a language model: what to continue.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For a language model: how far.")] = 64,
+    temperature: Annotated[float, typer.Option(help="For a language model: 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that together have this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn at a temperature above 0.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="For an encoder: where a line is cut.")] = 128,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="Print whole vectors, one JSON object a line.")] = False,
     json_path: Json = None,
 ) -> None:
-    """Run a model: mean-pooled embeddings of length one for an encoder, greedy text for a causal language model.
+    """Run a model: mean-pooled embeddings of length one for an encoder, text as it comes for a causal language model.
 
     For each line an encoder prints the other line nearest to it, with their cosine; --jsonl prints the vectors.
     """
     from zeroskip.cli import models
+    from zeroskip.cli.generating import Drawing, generate
 
+    drawing = Drawing(max_new_tokens, temperature, top_p, seed)
     with step(f"loading {model}"):
         network = models.load(model)
         tokenizer = models.load_tokenizer(model)
     if models.is_causal_lm(network):
         if prompt is None:
             raise ZeroskipError(f"{model} is a language model: give --prompt TEXT")
-        _generate(network, tokenizer, prompt, max_new_tokens, json_path)
+        say(prompt, nl=False)
+        spoken = generate(
+            network, tokenizer, tokenizer(prompt)["input_ids"], drawing, lambda piece: say(piece, nl=False)
+        )
+        say()
+        typer.echo(str(spoken), err=True)
+        told = spoken.to_dict() | {"text": prompt + spoken.text}
+        write_json(json_path, {"model": model, "prompt": prompt, "new_text": spoken.text} | told)
+        if spoken.stopped:
+            raise KeyboardInterrupt
         return
     if prompt is not None:
         raise ZeroskipError(f"{model} is an encoder ({type(network).__name__}): give --text LINE, not --prompt")
@@ -89,22 +103,3 @@ def _show(lines: list[str], vectors: Tensor, seconds: float, jsonl: bool) -> Non
         first = " ".join(f"{value:+.3f}" for value in vectors[row, :3].tolist())
         say(f"{row + 1:>4}  {shown:<{SHOWN_CHARS}}  {found or f'{first} ...'}")
     say(f"{len(lines)} lines of {vectors.shape[1]} numbers each, {len(lines) / seconds:.1f} lines a second")
-
-
-def _generate(network: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, json_path: Any) -> None:
-    import torch
-
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].numel() == 0:
-        raise ZeroskipError("the prompt holds no token: give --prompt TEXT")
-    inputs.pop("token_type_ids", None)
-    generator: Any = network
-    started = time.perf_counter()
-    with torch.inference_mode(), step("generating"):
-        ids = generator.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    seconds = time.perf_counter() - started
-    made = ids.shape[1] - inputs["input_ids"].shape[1]
-    text = tokenizer.decode(ids[0], skip_special_tokens=True)
-    say(text)
-    typer.echo(f"{made} tokens, {made / seconds:.1f} a second with the prompt's", err=True)
-    write_json(json_path, {"prompt": prompt, "text": text, "new_tokens": made, "seconds": seconds})

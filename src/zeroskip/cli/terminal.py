@@ -111,9 +111,9 @@ def _fail(message: str, code: int, error: BaseException) -> None:
     raise typer.Exit(code) from None
 
 
-def say(text: object = "") -> None:
-    """Print a result."""
-    typer.echo(str(text))
+def say(text: object = "", nl: bool = True) -> None:
+    """Print a result, by default with the end of its line."""
+    typer.echo(str(text), nl=nl)
 
 
 def _check_writable(path: Path) -> None:

@@ -30,7 +30,7 @@ class Answer:
     def __init__(self, index: int, generation: Generation, tokenizer: Any, stops: Sequence[str]) -> None:
         self.index, self.generation = index, generation
         self.reason: str | None = None
-        self._decoder, self._stops = Decoder(tokenizer), Stops(stops)
+        self._decoder, self._stops = Decoder(tokenizer, generation.prompt), Stops(stops)
 
     async def pieces(self, metrics: Metrics, asked_at: float) -> AsyncIterator[str]:
         """Yield the text as it comes; `reason` tells afterwards why it ended."""

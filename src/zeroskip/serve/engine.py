@@ -136,7 +136,7 @@ class Engine:
             raise Failed(f"the engine has stopped: {self._manager.background_thread_status.fatal_error}")
         while self._manager.get_result(timeout=0) is not None:  # last tokens of requests that were cancelled
             pass
-        made = Generation(self, next(self._names), len(prompt))
+        made = Generation(self, next(self._names), prompt)
         self._live[made.name] = made
         self._manager.register_result_handler(made.name, made.take)
         self._manager.add_request(
@@ -199,8 +199,8 @@ class Engine:
 class Generation:
     """One request: iterate over it for lists of new tokens, and `close` it in any case."""
 
-    def __init__(self, engine: Engine, name: str, prompt_tokens: int) -> None:
-        self.name, self.prompt_tokens = name, prompt_tokens
+    def __init__(self, engine: Engine, name: str, prompt: list[int]) -> None:
+        self.name, self.prompt = name, prompt
         self.tokens: list[int] = []
         self.finished = False
         self._engine = engine

@@ -7,18 +7,27 @@ from typing import Any
 
 __all__ = ["Decoder", "Stops"]
 
+CONTEXT = 6  # tokens: more than a character has bytes
+
 
 class Decoder:
     """Decode a growing list of tokens piece by piece.
 
     The text of a token depends on those before it (spaces, bytes of one character), so the last few are decoded again
     with each new one, and what does not yet end in a whole character is held back.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+    context : sequence of int
+        What came before, whose text is not given again.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._start = self._read = 0  # tokens before `_start` are done with, those before `_read` are out
+        self._tokens = list(context[-CONTEXT:])
+        # Tokens before `_start` are done with, those before `_read` are out.
+        self._start, self._read = 0, len(self._tokens)
 
     def add(self, tokens: Iterable[int]) -> str:
         """Return the text that these tokens complete."""
