@@ -4,5 +4,6 @@ from zeroskip.cli import analyze, bench, chat, compile, convert, demo, evaluate,
 from zeroskip.cli.terminal import app, main
 
 __all__ = [
-    "analyze", "app", "bench", "chat", "compile", "convert", "demo", "evaluate", "info", "main", "prune", "run", "serve",
+    "analyze", "app", "bench", "chat", "compile", "convert", "demo", "evaluate", "info", "main", "prune", "run",
+    "serve",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zeroskip import ops
 from zeroskip.dense_layers import DenseLinear, OneDnnLinear
+from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import put_all
 from zeroskip.sites.linear import Conv1DAdapter
@@ -72,7 +73,15 @@ def make_invariant(model: nn.Module, concurrency: int) -> dict[str, int]:
     -------
     dict
         How many layers are left ``"as they are"``, have ``"one kernel"``, work ``"row by row"``.
+
+    Raises
+    ------
+    ZeroskipError
+        If the model has layers of another kind, such as stacked experts.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            raise ZeroskipError(f"{name} has {parameter.dim()} dimensions: batch_invariant serves linear layers only")
     counts: Counter[str] = Counter()
     own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     pairs: list[tuple[nn.Module, nn.Module]] = []
