@@ -85,6 +85,33 @@ def test_methods_that_need_no_data_prune_lists_whose_blocks_are_not_reached():
     assert len(found) == 21 and found["model.layers.0.mlp.up_proj"].tokens == 41
 
 
+def test_embeddings_are_rounded_before_the_blocks_see_them():
+    def model():
+        made = llama()
+        made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone() * 2)
+        return made
+
+    rounded, by_hand = model(), model()
+    rules = [{"include": ["embed_tokens", "lm_head"], "method": "rtn", "values": "int4"}]
+    found, _ = rows(rounded, {"method": "wanda", "sparsity": 0.5, "rules": rules}, calibration=batches("llama", 1))
+    assert len(found) == 23
+    prune(by_hand, "rtn", values="int4", include=["embed_tokens", "lm_head"], exclude=None)
+    prune(by_hand, "wanda", sparsity=0.5, calibration=batches("llama", 1))
+    assert same(bits(rounded), bits(by_hand))
+    plain = model()
+    prune(plain, "wanda", sparsity=0.5, calibration=batches("llama", 1))
+    assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, rounded.model.layers[0].mlp.up_proj.weight)
+
+
+def test_layers_that_share_a_weight_are_pruned_once():
+    model = llama()
+    rule = {"include": ["embed_tokens", "lm_head"], "method": "rtn", "values": "int8"}
+    found, report = rows(model, {"method": "magnitude", "sparsity": 0.5, "rules": [rule]})
+    assert "lm_head" in found and "model.embed_tokens" not in found
+    assert report.skipped["model.embed_tokens"] == "shares its weight with lm_head, which is pruned"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_tuning_only_where_it_is_asked_for():
     model, before = llama(), bits(llama())
     rule = {"include": "*.mlp.*", "method": "wanda+ls+tune"}
@@ -135,9 +162,8 @@ def test_what_is_saved_reproduces_the_run(tmp_path, journal):
 
 def recipe_of(given):
     read = Recipe.read(DEFAULTS, given)
-    return [
-        read.settings(f"{layer}.{part}")[0] is None for layer in LAYERS for part in ("mlp.up_proj", "self_attn.q_proj")
-    ]
+    names = [f"{layer}.{part}" for layer in LAYERS for part in ("mlp.up_proj", "self_attn.q_proj")]
+    return [read.settings(name).settings is None for name in names]
 
 
 def test_a_file_says_the_same_as_a_dict(tmp_path):
@@ -225,6 +251,12 @@ def test_the_command_line_takes_a_recipe_and_the_directory_it_wrote(decoder, tex
     assert one == two
     result = cli("prune", decoder, tmp_path / "three", "--recipe", "none")
     assert result.exit_code == 0, result.output
+    words = ("--method", "magnitude", "--budget", "arithmetic", "--target", "params=40%")
+    result = cli("prune", decoder, tmp_path / "four", *words, "--json", tmp_path / "four.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "four.json").read_text())
+    assert report["recipe"]["budget"] == "arithmetic" and report["recipe"]["target"] == {"params": "40%"}
+    assert report["sparsity"] == pytest.approx(0.6, abs=1e-4)
 
 
 def test_the_command_line_refuses_what_contradicts(decoder, tmp_path):
@@ -237,6 +269,10 @@ def test_the_command_line_refuses_what_contradicts(decoder, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("method: magnitude\nsparsity: 0.5\nrules: [{include: q_porj, dense: true}]\n")
     assert "rule 1 names no layer: q_porj" in refused("prune", decoder, out, "--recipe", path)
+    assert "give UNIT=AMOUNT" in refused("prune", decoder, out, "--target", "ms")
+    assert "each key once" in refused("prune", decoder, out, "--target", "ms=1,ms=2")
+    assert "did you mean 'ms'" in refused("prune", decoder, out, "--target", "m=1")
+    assert "did you mean 'owl'" in refused("prune", decoder, out, "--budget", "owel", "--sparsity", 0.5)
     path.write_text("method: magnitude\nsparsty: 0.5\n")
     assert "did you mean 'sparsity'" in refused("prune", decoder, out, "--recipe", path)
     assert not out.exists()

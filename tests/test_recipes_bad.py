@@ -55,6 +55,10 @@ WRONG = [
     ),
     (rule({"include": "*", "sparsity": 0.6}, {"include": "*", "sparsity": 0.7}), "rule 1 has no effect"),
     (rule({"include": "*", "dense": True}), "nothing to prune: the rules leave every layer dense"),
+    (
+        rule({"include": ["lm_head", "embed_tokens"], "method": "rtn"}, {"include": "lm_head", "values": "int8"}),
+        "share one weight: the recipe must ask the same of both",
+    ),
     ({"dense": True, "sparsity": 0.5}, "leaves all layers dense: leave sparsity out"),
     ({"dense": "true"}, "dense is 'true'"),
     (HALF | {"rules": {"include": "*"}}, "rules is a dict: give a list"),

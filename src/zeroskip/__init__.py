@@ -11,7 +11,7 @@ from zeroskip import plugin as _plugin
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, names as formats, pack, unpack
 from zeroskip.ops import linear
-from zeroskip.prune import methods, prune, recipes
+from zeroskip.prune import budgets, methods, prune, recipes
 from zeroskip.planning.plan import Plan, plan_of
 from zeroskip.compile import compile
 from zeroskip.analyze import analyze
@@ -22,6 +22,6 @@ _plugin.install()
 
 __version__ = "0.1.0"
 __all__ = [
-    "Packed", "Plan", "ZeroskipError", "analyze", "compile", "formats", "isa", "linear", "load", "methods", "pack",
-    "perplexity", "plan_of", "prune", "recipes", "save", "unpack",
+    "Packed", "Plan", "ZeroskipError", "analyze", "budgets", "compile", "formats", "isa", "linear", "load", "methods",
+    "pack", "perplexity", "plan_of", "prune", "recipes", "save", "unpack",
 ]  # fmt: skip

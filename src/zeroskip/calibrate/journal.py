@@ -1,6 +1,7 @@
 """A directory that lets a killed run go on where it stopped.
 
 journal.json        what the run is: fingerprints of recipe, weights and data
+allocation.json     what the budget of the run decided, where it has one
 00003.safetensors   the finished weights of the fourth block; its metadata holds the report rows
 
 Each file is written beside, flushed to the disk and renamed, so it is there whole or not at all. Random numbers need
@@ -17,7 +18,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ class Journal:
         """Write a finished block; when this returns it is on the disk."""
         kept = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         self._write(self.path / f"{index:05d}.safetensors", save(kept, metadata={"rows": json.dumps(rows)}))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return a JSON value that is made once: what the journal holds under this name, or what `make` returns."""
+        path = self.path / f"{name}.json"
+        if path.exists():
+            try:
+                return json.loads(path.read_text())
+            except ValueError:
+                raise ZeroskipError(f"{path} is not readable: delete {self.path} to start anew") from None
+        value = make()
+        self._write(path, json.dumps(value, indent=1).encode())
+        return json.loads(json.dumps(value))
 
     def _write(self, path: Path, content: bytes) -> None:
         beside = path.with_name(path.name + ".new")

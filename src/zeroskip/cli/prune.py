@@ -64,6 +64,15 @@ def prune(
     speed: Annotated[
         bool, typer.Option(help="Measure whether the zeros pay on this machine (zeroskip analyze).")
     ] = True,
+    budget: Annotated[
+        str | None, typer.Option(help="How layers share the zeros: a name of zeroskip.budgets(), such as owl.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNIT=AMOUNT,...", help="Of the budget: params=40%, bytes=4e6, ms=12,tokens=32,threads=1."
+        ),
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """Prune MODEL and store it in OUT as an ordinary model with zeros in it, with report.json and report.html.
@@ -81,6 +90,7 @@ def prune(
     asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
     asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
     asked |= {"values": values, "group_size": group_size, "rotate": rotate}
+    asked |= {"budget": budget, "target": _read_target(target)}
     read = Recipe.read(asked, recipe)
     if read.needs_data and text is None and calibration is None:
         names = ", ".join(repr(each.name) for each in read.methods if each.needs_data)
@@ -140,6 +150,28 @@ def report_files(report: Report, network: nn.Module) -> dict[str, str]:
 
     as_json = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
     return {"report.json": as_json, "report.html": render(report, network)}
+
+
+def _read_target(text: str | None) -> dict[str, Any] | None:
+    """Read "ms=12,tokens=32"."""
+    if text is None:
+        return None
+    target: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = (each.strip() for each in part.partition("="))
+        if not equals or not value or key in target:
+            raise ZeroskipError(f"--target {text}: give UNIT=AMOUNT, such as ms=12,tokens=32, each key once")
+        target[key] = _number(value)
+    return target
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _read_batches(path: Path) -> list[dict[str, Any]]:

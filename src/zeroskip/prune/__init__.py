@@ -15,6 +15,7 @@ from zeroskip.prune.synflow import SynFlow  # isort: skip
 from zeroskip.prune.gptq import Gptq, SparseGPTQ  # isort: skip
 from zeroskip.prune.rtn import Rtn  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver
+from zeroskip.prune.budgets import Budget, budgets
 from zeroskip.prune.composition import Composition, methods
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
@@ -27,6 +28,7 @@ from zeroskip.prune.tune import Tune
 __all__ = [
     "Admm",
     "Alps",
+    "Budget",
     "Composition",
     "DSnoT",
     "Fista",
@@ -50,6 +52,7 @@ __all__ = [
     "SynFlow",
     "Tune",
     "Wanda",
+    "budgets",
     "methods",
     "prune",
     "recipes",

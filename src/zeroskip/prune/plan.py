@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Plan:
         {name of a site: Settings}.
     skipped : dict
         {name of a site that stays dense: reason}.
+    free : list of str
+        Names of the sites whose sparsity a budget is still to decide on.
     """
 
     recipe: dict[str, Any]
@@ -46,6 +48,7 @@ class Plan:
     sites: list[Site]
     settings: dict[str, Settings]
     skipped: dict[str, str]
+    free: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(recipe: Recipe, model: nn.Module) -> Plan:
@@ -59,10 +62,14 @@ class Plan:
         blocks, sites, skipped = _chosen(recipe, model)
         settings: dict[str, Settings] = {}
         effective: set[int] = set()
+        free: list[str] = []
         known: dict[Any, Settings] = {}
         for site in sites:
-            found, rules = recipe.settings(site.name)
+            decision = recipe.settings(site.name)
+            found, rules = decision.settings, decision.rules
             effective |= rules
+            if decision.free and found is not None:
+                free.append(site.name)
             if found is None:
                 by = max(rules)
                 skipped[site.name] = "left dense by " + (recipe.rules[by].where if by >= 0 else "the recipe")
@@ -77,10 +84,15 @@ class Plan:
                 )
         if not settings and not recipe.values.get("dense"):
             raise ZeroskipError("the model has nothing to prune: the rules leave every layer dense")
-        sites = [site for site in sites if site.name in settings]
+        sites = _untwinned([site for site in sites if site.name in settings], settings, skipped)
+        free = [site.name for site in sites if site.name in free]
         for site in sites:
             settings[site.name].check(site)
-        return Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped)
+        if recipe.budget is not None and not free:
+            raise ZeroskipError(
+                f"budget {recipe.budget.name!r} has no layer: the rules give each a sparsity of its own"
+            )
+        return Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped, free)
 
     @property
     def needs_data(self) -> bool:
@@ -128,6 +140,20 @@ class Plan:
         for method, sites in asking.values():
             found |= method.survey(Survey(model, sites, batches, loss, patterns, sparsity, self.seed))
         return found
+
+
+def _untwinned(sites: list[Site], settings: dict[str, Settings], skipped: dict[str, str]) -> list[Site]:
+    """Of sites that share their weight, keep the last (a head rather than an embedding), which stands for all."""
+    last = {id(site.tensor): site for site in sites}
+    for site in sites:
+        twin = last[id(site.tensor)]
+        if twin is site:
+            continue
+        if settings[site.name] != settings[twin.name]:
+            raise ZeroskipError(f"{site.name} and {twin.name} share one weight: the recipe must ask the same of both")
+        del settings[site.name]
+        skipped[site.name] = f"shares its weight with {twin.name}, which is pruned"
+    return [site for site in sites if site.name in settings]
 
 
 def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], dict[str, str]]:

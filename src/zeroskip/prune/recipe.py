@@ -14,6 +14,8 @@ from typing import Any
 
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import fits, site_patterns
+from zeroskip.prune.base import Method
+from zeroskip.prune.budgets import Budget, Target
 from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe_file import load_recipe
@@ -31,9 +33,11 @@ DEFAULTS: dict[str, Any] = {
     "values": None,
     "group_size": None,
     "rotate": False,
+    "budget": None,
+    "target": None,
 }
 SETTINGS = ("method", "pattern", "sparsity", "values", "group_size")  # what a rule may change, besides "dense"
-ENTRIES = ("about", *DEFAULTS, "dense", "rules")
+ENTRIES = ("about", *DEFAULTS, "dense", "rules", "allocation")
 RULE_ENTRIES = ("include", "exclude", "optional", "dense", *SETTINGS)
 
 
@@ -101,6 +105,55 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What is done to a layer: None where it stays dense; the indices of the rules that had a say, -1 for none; and
+    whether the budget decides on its zeros."""
+
+    settings: Settings | None
+    rules: set[int]
+    free: bool
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Budget and target, as they were given."""
+
+    budget: Budget | None
+    target: Target | None
+    entries: dict[str, Any]
+
+    @staticmethod
+    def read(values: Mapping[str, Any]) -> _Share:
+        budget, target, sparsity = values["budget"], values["target"], values["sparsity"]
+        if budget is None and target is None:
+            return _Share(None, None, {})
+        entries = {"budget": "uniform" if budget is None else budget, "target": target, "sparsity": sparsity}
+        read = Budget.read(entries["budget"])
+        if target is not None and sparsity is not None:
+            raise ZeroskipError(f"sparsity is {sparsity!r}, and the target {target!r}: leave one out")
+        if target is None:
+            if sparsity is None:
+                sparsity = Pattern.parse(values["pattern"]).sparsity
+            if sparsity is None:
+                raise ZeroskipError(
+                    f"budget {read.name!r} needs a target: give a sparsity, or target={{ms: 12, tokens: 32}}"
+                )
+            return _Share(read, Target.read({"sparsity": sparsity}), entries)
+        return _Share(read, Target.read(target), entries)
+
+    def placeholder(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What stands for the sparsity while the settings of all layers are checked."""
+        free = self.budget is not None and values["sparsity"] is None
+        pattern = Pattern.parse(values["pattern"])
+        chooses = Composition.parse(values["method"]).method.chooses
+        if self.budget is not None and not chooses:
+            raise ZeroskipError(
+                f"method {values['method']!r} keeps the zeros that are there: leave budget and target out"
+            )
+        return {"sparsity": 0.0} if free and pattern.sparsity is None else {}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a user asks for.
 
@@ -109,10 +162,16 @@ class Recipe:
     values : dict
         The JSON values that reproduce it.
     rules : tuple of Rule
+    budget : Budget or None
+        Shares out the zeros of layers that no rule gives a sparsity.
+    target : Target or None
+        What it has to reach; given if and only if there is a budget.
     """
 
     values: dict[str, Any]
     rules: tuple[Rule, ...] = ()
+    budget: Budget | None = None
+    target: Target | None = None
 
     @staticmethod
     def read(given: Mapping[str, Any], recipe: Mapping[str, Any] | str | os.PathLike[str] | None = None) -> Recipe:
@@ -153,18 +212,27 @@ class Recipe:
         rules = asked.get("rules")
         if not isinstance(rules, list | tuple | None):
             raise ZeroskipError(f"rules is a {type(rules).__name__}: give a list of maps")
+        share = _Share.read(values)
         if _flag(asked, "dense", "recipe"):
-            for key in SETTINGS:
+            for key in (*SETTINGS, "budget", "target"):
                 if asked.get(key) is not None or given[key] != DEFAULTS[key]:
                     raise ZeroskipError(f"the recipe leaves all layers dense: leave {key} out")
                 del values[key]
             values["dense"] = True
         else:
-            values |= Settings.read(values).to_dict()
+            values |= Settings.read(values | share.placeholder(values)).to_dict() | share.entries
+        for key in ("budget", "target"):
+            if values.get(key) is None:
+                values.pop(key, None)
+        if "allocation" in asked:
+            if "budget" not in values:
+                raise ZeroskipError("allocation is what a budget made of a model: give the budget too")
+            values["allocation"] = asked["allocation"]
         if rules:
             values["rules"] = [dict(rule) if isinstance(rule, Mapping) else rule for rule in rules]
-        found = Recipe(values, tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1)))
-        if values["rotate"] and not found.needs_data:
+        read = tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1))
+        found = Recipe(values, read, share.budget, share.target)
+        if values["rotate"] and not any(method.needs_data for method in found.methods):
             raise ZeroskipError("rotate needs a method that uses calibration data, such as wanda+ls: leave one out")
         return found
 
@@ -178,10 +246,15 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot run without calibration."""
-        return any(method.needs_data for method in self.methods)
+        curious = "allocation" not in self.values and any(self.budget_needs(each.method) for each in self.methods)
+        return curious or any(each.needs_data for each in self.methods)
 
-    def settings(self, name: str) -> tuple[Settings | None, set[int]]:
-        """Return what is done to a layer, None where it stays dense, and the indices of the rules that had a say."""
+    def budget_needs(self, method: Method) -> bool:
+        """Whether the budget cannot do without calibration for layers of this method."""
+        return self.budget is not None and method.chooses and bool(self.budget.needs(method))
+
+    def settings(self, name: str) -> Decision:
+        """Return what is done to a layer."""
         values, source = DEFAULTS | self.values, dict.fromkeys(SETTINGS, -1)
         dense_by = -1
         for index, rule in enumerate(self.rules):
@@ -190,17 +263,23 @@ class Recipe:
                 source |= dict.fromkeys(rule.changes, index)
                 dense_by = index
         if values.get("dense"):
-            return None, {dense_by}
+            return Decision(None, {dense_by}, False)
         awake = source.pop("dense", -1)  # a rule that says dense: false
         if awake >= 0 and not self.rules[awake].changes["dense"]:
             source["dense"] = awake
         try:
             _drop_inherited(values, source)
+            free = self.budget is not None and source.get("sparsity", -1) < 0
+            pattern = Pattern.parse(values["pattern"])
+            free = free and Composition.parse(values["method"]).method.chooses
+            free = free and (pattern.sparsity is None or source.get("pattern", -1) < 0)
+            if free and pattern.sparsity is None:
+                values["sparsity"] = 0.0
             settings = Settings.read(values)
         except ZeroskipError as error:
             blamed = " and ".join(self.rules[i].where for i in sorted({*source.values()} - {-1}))
             raise ZeroskipError(f"{blamed}: {error} (for {name})" if blamed else str(error)) from None
-        return settings, set(source.values())
+        return Decision(settings, set(source.values()), free)
 
 
 def _drop_inherited(values: dict[str, Any], source: dict[str, int]) -> None:

@@ -7,14 +7,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from zeroskip.calibrate import Batch, Journal, read_batches, text_batches
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import unwrapped
+from zeroskip.prune.allocate import Allocation, allocate, allocated
 from zeroskip.prune.base import Loss
+from zeroskip.prune.budgets import Budget, Target
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.recipe import Recipe
 from zeroskip.prune.report import Report
@@ -35,6 +37,8 @@ def prune(
     text: str | os.PathLike[str] | Iterable[str] | None = None,
     tokenizer: Any = None,
     recipe: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    budget: str | Mapping[str, Any] | None = None,
+    target: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     values: str | None = None,
     group_size: int | None = None,
@@ -64,9 +68,16 @@ def prune(
     text, tokenizer : optional
         Instead of `calibration`: see `zeroskip.calibrate.text_batches`.
     recipe : dict, path or name, optional
-        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size", "dense", "rules"}, any
-        of them, instead of the arguments; a YAML file that says so; or one of `zeroskip.recipes()`. See
-        docs/pruning.md.
+        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size", "budget", "target",
+        "dense", "rules"}, any of them, instead of the arguments; a YAML file that says so; or one of
+        `zeroskip.recipes()`. See docs/pruning.md.
+    budget : str or dict, optional
+        How the zeros are shared among the layers: one of `zeroskip.budgets()`, or {"name": "owl", option: value}.
+        Without one every layer gets `sparsity`.
+    target : dict, optional
+        What the budget has to reach instead of a mean `sparsity`: {"sparsity": 0.6}, {"params": "40%"} (of dense),
+        {"flops": ...}, {"bytes": 4e6}, or milliseconds of our kernels on this machine, {"ms": 12.0, "tokens": 32,
+        "threads": 1}. See docs/pruning.md.
     loss : callable, optional
         (model's output, `zeroskip.calibrate.Batch`) -> scalar, for methods that need gradients (snip, grasp). A
         causal language model has a default: the next token's cross-entropy.
@@ -113,6 +124,8 @@ def prune(
         "values": values,
         "group_size": group_size,
         "rotate": rotate,
+        "budget": budget,
+        "target": target,
     }
     asked = Recipe.read(given, recipe)
     model = unwrapped(model)
@@ -124,16 +137,21 @@ def prune(
         raise ZeroskipError("give calibration= or text=, not both")
     if text is not None:
         calibration = text_batches(model, text, tokenizer, plan.seed)
-    if plan.needs_data and calibration is None:
-        raise ZeroskipError(f"method {plan.names} needs data: give calibration= batches, or text= and tokenizer=")
+    shared = plan.free and "allocation" not in plan.recipe
+    curious = shared and any(asked.budget_needs(plan.settings[name].composition.method) for name in plan.free)
+    if (plan.needs_data or curious) and calibration is None:
+        who = f"method {plan.names}" if plan.needs_data else f"budget {plan.recipe['budget']!r}"
+        raise ZeroskipError(f"{who} needs data: give calibration= batches, or text= and tokenizer=")
 
-    report = Report(plan.recipe, skipped=plan.skipped)
     batches: list[Batch] = []
-    if plan.needs_data or (plan.surveys and calibration is not None):
+    if plan.needs_data or curious or ((plan.surveys or shared) and calibration is not None):
         one_logit = not plan.surveys and not plan.needs_head
         batches = read_batches(model, calibration, one_logit)
     with _evaluating(model):
         book = Journal(journal, model, plan.recipe, batches) if journal is not None else None
+        if plan.free:
+            plan = _shared_out(model, plan, asked, batches, loss, book)
+        report = Report(plan.recipe, skipped=plan.skipped)
         walk = Walk(model, plan, plan.survey(model, batches, loss), report, book, progress)
         if plan.needs_data:
             walk.calibrated(batches)
@@ -146,6 +164,22 @@ def prune(
     report.seconds = time.perf_counter() - started
     object.__setattr__(model, "zeroskip_report", report)
     return report
+
+
+def _shared_out(
+    model: nn.Module, plan: Plan, asked: Recipe, batches: list[Batch], loss: Loss | None, book: Journal | None
+) -> Plan:
+    """Return the plan with the zeros that its budget gives each layer; a resumed run keeps what was decided."""
+    budget, target = cast(Budget, asked.budget), cast(Target, asked.target)
+
+    def decide() -> Allocation:
+        found = plan.survey(model, batches, loss) if budget.reads_scores else {}
+        return allocate(model, plan, budget, target, batches, found)
+
+    allocation = plan.recipe.get("allocation")
+    if allocation is None:
+        allocation = decide() if book is None else book.once("allocation", decide)
+    return allocated(plan, allocation)
 
 
 @contextmanager

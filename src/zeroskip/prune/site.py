@@ -14,7 +14,7 @@ from zeroskip.prune.base import Problem
 from zeroskip.prune.report import Row
 from zeroskip.prune.settings import Settings
 
-__all__ = ["prune_site"]
+__all__ = ["of_group", "prune_site"]
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
     shares = settings.pattern.shares(settings.sparsity, len(old), site.shape)
     blind: list[str] = []
     for group, weight in enumerate(old):
-        part, seen = _of_group(stats, group, tokens)
+        part, seen = of_group(stats, group, tokens)
         if tokens and not seen:
             blind.append(str(group))
         problem = Problem(site.name, weight, settings.pattern, shares[group], part, draw, seen, settings.integers)
@@ -64,7 +64,7 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
     )
 
 
-def _of_group(stats: Mapping[str, Tensor], group: int, tokens: int) -> tuple[dict[str, Tensor], int]:
+def of_group(stats: Mapping[str, Tensor], group: int, tokens: int) -> tuple[dict[str, Tensor], int]:
     """Return the statistics of one matrix and how many tokens they saw; a single row stands for all groups."""
     part = {name: value[group if len(value) > 1 else 0] for name, value in stats.items()}
     seen = part.pop("tokens", None)

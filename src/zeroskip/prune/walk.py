@@ -19,7 +19,7 @@ from zeroskip.prune.report import Report, Row
 from zeroskip.prune.rotate import rotate
 from zeroskip.prune.site import prune_site
 
-__all__ = ["UNSEEN", "Walk"]
+__all__ = ["UNSEEN", "Walk", "replay_of"]
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,8 @@ class Walk:
         first = [block for block in plan.blocks if block.name == block.group and self._free(block)]
         known = {site.name for block in first for site in sites_of(block, plan.sites)}
         sites = [site for site in plan.sites if site.name not in known]
-        replay = Replay(self.model, [block for block in plan.blocks if block not in first], batches, plan.seed)
-        called = {site.name for block in replay.order for site in sites_of(block, sites)}
-        lost = [site for site in sites if site.name not in called]
-        if lost:
-            # Lists whose items are used but never called: their sites, where called, are blocks of their own.
-            replay = Replay(self.model, [*replay.order, *alone(replay.order, lost)], batches, replay.seed)
+        later = [block for block in plan.blocks if block not in first]
+        replay = replay_of(self.model, later, sites, batches, plan.seed)
         last = max((i for i, block in enumerate(replay.order) if sites_of(block, sites)), default=-1)
         reached = {site.name for block in replay.order[: last + 1] for site in sites_of(block, sites)}
         late = alone([], [site for site in sites if site.name not in reached])
@@ -183,3 +179,14 @@ class Walk:
             scales = {f"{site.name}:{SCALES}": site.scales for site in sites if site.scales is not None}
             self.journal.record(index, values | scales, [asdict(row) for row in rows])
         self.report.rows += rows
+
+
+def replay_of(model: nn.Module, blocks: list[Block], sites: Sequence[Site], batches: list[Batch], seed: int) -> Replay:
+    """Return a replay whose blocks hold every site that is called."""
+    replay = Replay(model, blocks, batches, seed)
+    called = {site.name for block in replay.order for site in sites_of(block, sites)}
+    lost = [site for site in sites if site.name not in called]
+    if lost:
+        # Lists whose items are used but never called: their sites, where called, are blocks of their own.
+        replay = Replay(model, [*replay.order, *alone(replay.order, lost)], batches, seed)
+    return replay
