@@ -105,17 +105,25 @@ def measure_layouts(
 ) -> Measured:
     """As `measure`, for layouts made beforehand."""
     result = Measured(found, {}, dict(refused or {}))
+    working_set = min(working_set_bytes, CACHE_BYTES)
     with torch.inference_mode():
-        field_of = list(copies_for(found, min(working_set_bytes, CACHE_BYTES)))
+        field_of = list(copies_for(found, working_set))
         for count in sorted(tokens):
-            runners = _checked(result, field_of, weight, bias, count)
+            # Activations larger than the working set push the weights out of the caches by themselves.
+            cold = count * sum(weight.shape) * weight.element_size() >= working_set
+            runners = _checked(result, field_of, weight, bias, count, 1 if cold else None)
             dense = [name for layout in found if layout.dense for name in runners if _label(name) == layout.label]
             result.races[count] = race(runners, budget_s=budget_s, settled=tell_apart(result), core=dense)
     return result
 
 
 def _checked(
-    result: Measured, field_of: list[tuple[Layout, str, list[Call]]], weight: Tensor, bias: Tensor | None, tokens: int
+    result: Measured,
+    field_of: list[tuple[Layout, str, list[Call]]],
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: int,
+    copies: int | None,
 ) -> dict[str, list[Callable[[], object]]]:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
@@ -143,7 +151,7 @@ def _checked(
             continue
         if problem is not None:  # the layer as it stands is what the model means, right or not
             log.warning("the model's own layer at %d tokens %s", tokens, problem)
-        runners[name] = [bound(call, x) for call in calls]
+        runners[name] = [bound(call, x) for call in calls[:copies]]
     return runners
 
 
