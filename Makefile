@@ -3,6 +3,7 @@
 # make lint    ruff, mypy, clang-format
 # make wheel   a manylinux wheel in wheelhouse/, tested where there is no compiler
 # make performance   measure the kernels (half an hour, on a quiet machine) and write docs/performance.md
+# make soak    sixteen streaming clients for ten minutes; MINUTES=2 makes it two
 # make clean   remove everything that these made
 #
 # Everything happens in .venv. Stamps in it say what is installed, so that a second run starts at once; the package is
@@ -18,7 +19,7 @@ listed  = $$($(BIN)/python tools/requirements.py $(1))
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
            $(shell find src csrc cmake -name __pycache__ -prune -o -print 2>/dev/null)
 
-.PHONY: demo test lint wheel performance clean
+.PHONY: demo test lint wheel performance soak clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -56,6 +57,10 @@ performance: $(DONE)/package
 	    --json build/$${suite%:*}.json; \
 	  $(BIN)/zeroskip bench report build/$${suite%:*}.json --into docs/performance.md; \
 	done
+
+MINUTES ?= 10
+soak: $(DONE)/package $(DONE)/serve $(DONE)/test
+	$(BIN)/python benchmarks/soak.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist wheelhouse demo-model demo-model.partial demo.json \
