@@ -108,6 +108,14 @@ def test_the_race_ends_when_settled_or_when_the_budget_is_spent() -> None:
     assert slow.rounds == 1
 
 
+def test_what_is_known_is_not_called_beforehand() -> None:
+    world = World()
+    runners = {name: [world.call(name, 2e-5)] for name in "ab"}
+    seen = race(runners, known={"a": 2e-5}, clock=world.clock, max_rounds=4, settled=lambda _: False)
+    assert world.log[0] == "b" and world.log.count("b") > world.log.count("a") == 4
+    assert seen.median("a") == pytest.approx(2e-5)
+
+
 def test_preparation_is_outside_the_clock() -> None:
     world = World()
     prepare = {"a": world.call("prepare", 1.0)}

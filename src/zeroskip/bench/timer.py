@@ -112,6 +112,7 @@ def race(
     retire: bool = True,
     core: Collection[str] = (),
     prepare: Mapping[str, Callable[[], object]] | None = None,
+    known: Mapping[str, float] | None = None,
     seed: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Race:
@@ -134,6 +135,8 @@ def race(
         behind the best of these.
     prepare : mapping of name to function, optional
         Called before each of the runner's samples, outside the clock.
+    known : mapping of name to seconds, optional
+        How long a call of a runner took that has been called already: it is not called again beforehand.
     retire : bool
         Let runners that are far behind drop out. They keep the samples they have.
 
@@ -150,7 +153,7 @@ def race(
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of a sample would be charged to one runner
     try:
-        bursts = _first_calls(runners, result, retire, prepare or {}, clock)
+        bursts = _first_calls(runners, result, retire, prepare or {}, known or {}, clock)
         start, asked = clock(), min_rounds
         while result.rounds < max_rounds:
             _round(runners, result, bursts, prepare or {}, order, clock)
@@ -187,11 +190,14 @@ def _first_calls(
     result: Race,
     retire: bool,
     prepare: Mapping[str, Callable[[], object]],
+    known: Mapping[str, float],
     clock: Clock,
 ) -> dict[str, int]:
     """Call every copy once (page faults, handles, lazy set-up), and return how many calls make one sample."""
-    rough: dict[str, float] = {}
+    rough = {name: known[name] for name in runners if name in known}
     for name, calls in runners.items():
+        if name in rough:
+            continue
         prepare.get(name, _nothing)()
         for call in calls:
             call()

@@ -127,6 +127,7 @@ def measure(
         note(f"batch {size}: eager")
         entries, once = _agreeing({name: eager(model) for name, model in models.items()}, batch, truths[size], speeds)
         limit = BEHIND * min(once[name] for name in _dense(once))
+        known = dict(once)
         near = [name for name in once if name == OURS or once[name] <= limit]
         for name in _to_compile(once, limit) if compile_models else ():
             note(f"batch {size}: compiling {name}")
@@ -136,10 +137,11 @@ def measure(
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
                 speeds.missing[f"{name}{COMPILED}, batch {size}"] = reason
                 continue
-            entries |= _agreeing({f"{name}{COMPILED}": entry}, batch, truths[size], speeds)[0]
+            right, seconds = _agreeing({f"{name}{COMPILED}": entry}, batch, truths[size], speeds)
+            entries, known = entries | right, known | seconds
         runners = {name: entry for name, entry in entries.items() if name in near or name not in once}
         note(f"batch {size}: timing {len(runners)} kinds")
-        timed = race(_calls(runners, batch), budget_s=budget_s[size], min_rounds=5, core=_dense(runners))
+        timed = race(_calls(runners, batch), budget_s=budget_s[size], min_rounds=5, core=_dense(runners), known=known)
         _record(speeds, timed, size, {name: once[name] for name in entries if name not in runners}, once)
     return speeds
 
