@@ -28,7 +28,7 @@ from tiny_models import MODELS, batches
 from zeroskip.calibrate import journal
 from zeroskip.prune import prune
 
-kind, method, path, at, middle = sys.argv[1:]
+kind, method, path, at, middle, stream = sys.argv[1:]
 real = os.replace
 
 def replace(source, target):
@@ -42,7 +42,7 @@ def replace(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
 
 journal.os.replace = replace
-prune(MODELS[kind](), method, pattern="2:4@16", calibration=batches(kind), journal=path)
+prune(MODELS[kind](), method, pattern="2:4@16", calibration=batches(kind), journal=path, stream=bool(stream))
 """
 
 
@@ -59,21 +59,25 @@ def one_thread():
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "at", "how"),
-    [("llama", "wanda+ls", 1, "after"), ("t5", "wanda+ls", 2, "middle")],
+    ("kind", "method", "at", "how", "stream"),
+    [
+        ("llama", "wanda+ls", 1, "after", False),
+        ("t5", "wanda+ls", 2, "middle", False),
+        ("llama", "sparsegpt+gptq", 2, "middle", True),
+    ],
 )
-def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, kind, method, at, how):
+def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, kind, method, at, how, stream):
     make = {"llama": llama, "t5": t5}[kind]
     path = tmp_path / "journal"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
-    run = [sys.executable, "-c", SCRIPT, kind, method, str(path), str(at), how]
+    run = [sys.executable, "-c", SCRIPT, kind, method, str(path), str(at), how, "yes" if stream else ""]
     assert subprocess.run(run, env=environment, check=False).returncode == -signal.SIGKILL
     finished = sorted(file.name for file in path.glob("*.safetensors"))
     assert finished == [f"{index:05d}.safetensors" for index in range(at + (how == "after"))]
 
     whole, resumed = make(), make()
     first = prune(whole, method, pattern="2:4@16", calibration=batches(kind))
-    second = prune(resumed, method, pattern="2:4@16", calibration=batches(kind), journal=path)
+    second = prune(resumed, method, pattern="2:4@16", calibration=batches(kind), journal=path, stream=stream)
     want, got = bits(whole), bits(resumed)
     assert all(torch.equal(value, got[name]) for name, value in want.items())
     assert [(row.name, row.error, row.sparsity) for row in first.rows] == [

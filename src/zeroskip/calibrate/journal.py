@@ -3,12 +3,13 @@
 journal.json        what the run is: fingerprints of recipe, weights and data
 allocation.json     what the budget of the run decided, where it has one
 00003.safetensors   the finished weights of the fourth block; its metadata holds the report rows
+00003.scales        of the same kind: the scales of those weights that a solver rounded
 
-Each file is written beside, flushed to the disk and renamed, so it is there whole or not at all. Random numbers need
-no record: every site draws from its own generator, seeded from the recipe and its name, and every forward pass is
-seeded. Statistics need none either: they belong to unfinished blocks, and activations are recomputed through the
-finished ones by the same steps as in the first run, so the resumed result has the same bits (on the same machine with
-the same number of threads).
+A file of weights can become a file of the stored model as it is. Each file is written beside, flushed to the disk and
+renamed, so it is there whole or not at all. Random numbers need no record: every site draws from its own generator,
+seeded from the recipe and its name, and every forward pass is seeded. Statistics need none either: they belong to
+unfinished blocks, and activations are recomputed through the finished ones by the same steps as in the first run, so
+the resumed result has the same bits (on the same machine with the same number of threads).
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from zeroskip.calibrate.data import Batch
 from zeroskip.calibrate.digest import digest
 from zeroskip.errors import ZeroskipError
+from zeroskip.io import container
 
 __all__ = ["Journal"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
+EMPTY: Mapping[str, str] = {}
 
 
 class Journal:
@@ -89,21 +91,32 @@ class Journal:
         else:
             self._write(head, json.dumps(mine, indent=1).encode())
 
-    def load(self, index: int) -> tuple[dict[str, Tensor], Any] | None:
-        """Return (weights by name, the value recorded with them) of a finished block, or None."""
-        path = self.path / f"{index:05d}.safetensors"
+    def files(self) -> list[Path]:
+        """The files of the finished blocks."""
+        return sorted(self.path.glob("[0-9]*.safetensors"))
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:
+        """Return (weights by name, scales by site, the value recorded with them) of a finished block, or None.
+
+        The tensors are mapped: they take no memory of their own until they are written to.
+        """
+        path = self._block(index)
         if not path.exists():
             return None
+        beside = path.with_suffix(".scales")
+        weights, metadata = _mapped(path)
+        scales = _mapped(beside)[0] if beside.exists() else {}
         try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ZeroskipError(f"{path} is damaged ({error}): delete it, and the run goes on from there") from None
+            return weights, scales, json.loads(metadata["rows"])
+        except (ValueError, KeyError) as error:
+            raise _damaged(path, error) from None
 
-    def record(self, index: int, weights: Mapping[str, Tensor], rows: Any) -> None:
+    def record(self, index: int, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], rows: Any) -> None:
         """Write a finished block; when this returns it is on the disk."""
-        kept = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        self._write(self.path / f"{index:05d}.safetensors", save(kept, metadata={"rows": json.dumps(rows)}))
+        path = self._block(index)
+        if scales:
+            self._write(path.with_suffix(".scales"), scales, {})
+        self._write(path, weights, {"rows": json.dumps(rows)})
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a JSON value that is made once: what the journal holds under this name, or what `make` returns."""
@@ -117,13 +130,20 @@ class Journal:
         self._write(path, json.dumps(value, indent=1).encode())
         return json.loads(json.dumps(value))
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _block(self, index: int) -> Path:
+        return self.path / f"{index:05d}.safetensors"
+
+    def _write(self, path: Path, content: bytes | Mapping[str, Tensor], metadata: Mapping[str, str] = EMPTY) -> None:
         beside = path.with_name(path.name + ".new")
         try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            beside.unlink(missing_ok=True)  # of a run that was killed
+            if isinstance(content, bytes):
+                with open(beside, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                container.write(beside, content, {"format": "pt", **metadata})
             os.replace(beside, path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -134,6 +154,18 @@ class Journal:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ZeroskipError:
+    return ZeroskipError(f"{path} is damaged ({error}): delete it, and the run goes on from there")
 
 
 def site_seed(seed: int, name: str) -> int:

@@ -77,8 +77,8 @@ def prune(
 ) -> None:
     """Prune MODEL and store it in OUT as an ordinary model with zeros in it, with report.json and report.html.
 
-    Finished blocks are kept in OUT.partial until OUT is there: interrupted or killed, the same command goes on where it
-    stopped and gives the same result.
+    The weights of MODEL are mapped, and one block at a time is in memory. Finished blocks are kept in OUT.partial until
+    OUT is there: interrupted or killed, the same command goes on where it stopped and gives the same result.
     """
     from zeroskip.cli import models
     from zeroskip.prune.recipe import Recipe
@@ -121,11 +121,13 @@ def prune(
                 tokenizer=tokenizer,
                 calibration=batches,
                 journal=journal,
+                stream=True,
                 progress=advance,
             )
         evidence.after(network, report)
         with step(f"writing {out}"):
-            save(network, out, tokenizer=models.Companions(model, report_files(report, network)))
+            blocks = sorted(journal.glob("[0-9]*.safetensors"))
+            save(network, out, tokenizer=models.Companions(model, report_files(report, network)), ready=blocks)
     except BaseException as error:
         if interrupted(error):
             kept = any(journal.glob("*.safetensors"))

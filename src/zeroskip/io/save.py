@@ -8,11 +8,13 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, expect
@@ -29,7 +31,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def save(
-    model: nn.Module, directory: str | os.PathLike[str], *, tokenizer: Any = None, max_shard_bytes: int = 5_000_000_000
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5_000_000_000,
+    ready: Sequence[Path] = (),
 ) -> None:
     """Store a pruned or compiled model in a new directory; the model is not modified.
 
@@ -48,6 +55,9 @@ def save(
         Anything with ``save_pretrained``; stored alongside.
     max_shard_bytes : int
         A weight file is closed before it grows past this; one tensor is never split.
+    ready : sequence of Path
+        Safetensors files on the same disk that hold tensors of this model already. Each whose tensors are all of the
+        model, with the same values, is linked instead of written again.
 
     Raises
     ------
@@ -79,7 +89,7 @@ def save(
             tokenizer.save_pretrained(stage)
         write_scales(stage, scales_of(model))
         blobs = [f"{name}.weight" for name, site in info["sites"].items() if site["kind"] == "packed"]
-        write_weights(stage, tensors, blobs, max_shard_bytes)
+        write_weights(stage, tensors, blobs, max_shard_bytes, ready)
     log.info("stored %d tensors, %d of them packed, in %s", len(tensors), len(blobs), target)
 
 
@@ -92,25 +102,58 @@ def check_new(directory: str | os.PathLike[str]) -> Path:
 
 
 def write_weights(
-    directory: Path, tensors: Mapping[str, Tensor | Later], blobs: list[str], max_shard_bytes: int
+    directory: Path,
+    tensors: Mapping[str, Tensor | Later],
+    blobs: list[str],
+    max_shard_bytes: int,
+    ready: Sequence[Path] = (),
 ) -> None:
     """Write the tensors to model.safetensors, or to shards of at most `max_shard_bytes` with an index."""
+    linked = [(path, names) for path in ready if (names := _held(path, tensors))]
+    done = {name for _, names in linked for name in names}
     shards: list[list[str]] = [[]]
     size = 0
-    for name in container.order(tensors, blobs):
+    for name in container.order({name: t for name, t in tensors.items() if name not in done}, blobs):
         if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += tensors[name].nbytes
+    shards = [*(names for _, names in linked), *(names for names in shards if names or not linked)]
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, names in zip(files, shards, strict=True):
+    for (path, _), file in zip(linked, files, strict=False):
+        try:
+            os.link(path, directory / file)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, directory / file)
+    for file, names in list(zip(files, shards, strict=True))[len(linked) :]:
         container.write(directory / file, {name: tensors[name] for name in names}, {"format": "pt"})
     if count > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _held(path: Path, tensors: Mapping[str, Tensor | Later]) -> list[str]:
+    """Return the names of the tensors in a file if each is one of these with the very same bits, else none."""
+    entries = container.read_header(path)
+    alike = (
+        name in tensors and tensors[name].dtype == e.dtype and tensors[name].shape == e.shape
+        for name, e in entries.items()
+    )
+    if not all(alike):
+        return []
+    with safe_open(path, "pt") as file:
+        same = all(_same_bits(tensors[name], file.get_tensor(name)) for name in entries)
+    return list(entries) if same else []
+
+
+def _same_bits(one: Tensor | Later, other: Tensor) -> bool:
+    if isinstance(one, Later) or one.device.type != "cpu":
+        return False
+    flat = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
 
 
 def _without_aliases(tensors: Mapping[str, Tensor | Later]) -> dict[str, Tensor | Later]:

@@ -46,6 +46,7 @@ def prune(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = ("lm_head",),
     journal: str | os.PathLike[str] | None = None,
+    stream: bool = False,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
@@ -92,6 +93,11 @@ def prune(
         blocks are pruned only where `include` names them.
     journal : path, optional
         A directory. The same call, killed and made again on the same model, goes on from it, with the same result.
+    stream : bool
+        Keep no more than one block in memory: a finished block becomes a mapping of its file in the journal, which
+        must be given. With a model whose weights are mapped themselves, as `zeroskip.load` maps them, the rest takes
+        no memory of its own either. The parameters of the model get other storage than they had. The files must not be
+        changed while the model lives; they may be deleted.
     seed : int
     progress : callable, optional
         Told (blocks done, blocks in all, name of the block that comes) as the work goes on.
@@ -114,6 +120,8 @@ def prune(
     Source: block by block with the pruned outputs fed on, as in Frantar and Alistarh 2023 (arXiv 2301.00774).
     """
     started = time.perf_counter()
+    if stream and journal is None:
+        raise ZeroskipError("stream=True keeps finished blocks in a journal: give journal=, a directory")
     given = {
         "method": method,
         "sparsity": sparsity,
@@ -152,7 +160,7 @@ def prune(
         if plan.free:
             plan = _shared_out(model, plan, asked, batches, loss, book)
         report = Report(plan.recipe, skipped=plan.skipped)
-        walk = Walk(model, plan, plan.survey(model, batches, loss), report, book, progress)
+        walk = Walk(model, plan, plan.survey(model, batches, loss), report, book, progress, stream)
         if plan.needs_data:
             walk.calibrated(batches)
         else:

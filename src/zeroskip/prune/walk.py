@@ -24,7 +24,6 @@ __all__ = ["UNSEEN", "Walk", "replay_of"]
 log = logging.getLogger(__name__)
 
 UNSEEN = "saw no calibration token"
-SCALES = "scales"
 
 Seen = Mapping[str, tuple[int, dict[str, Tensor]]]
 """{site: (tokens, {statistic: [groups, ...]})}"""
@@ -46,6 +45,8 @@ class Walk:
         Finished blocks are taken from it and recorded in it.
     progress : callable or None
         Told (blocks done, blocks in all, name of the block that comes).
+    stream : bool
+        Whether blocks are mapped from the journal once they are finished, so that only one of them is in memory.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Walk:
         report: Report,
         journal: Journal | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        stream: bool = False,
     ) -> None:
         self.model, self.plan, self.found, self.report = model, plan, found, report
-        self.journal, self.progress = journal, progress
+        self.journal, self.progress, self.stream = journal, progress, stream
 
     def plainly(self) -> None:
         """Prune without running blocks."""
@@ -89,6 +91,7 @@ class Walk:
                 teacher.learn(block)
             inside = sites_of(block, sites)
             if not self._resumed(index, inside):
+                self._own(block, inside)
                 notes = self._rotated(replay, block, inside)
                 rows = self._pruned(inside, self._collected(replay, block, inside))
                 for row in rows:
@@ -116,6 +119,7 @@ class Walk:
             self._tell(index, total, block)
             inside = sites_of(block, self.plan.sites)
             if not self._resumed(index, inside):
+                self._own(block, inside)
                 rows = self._pruned(inside, {site.name: (0, self.found.get(site.name, {})) for site in inside})
                 self._finish(index, block, inside, rows)
 
@@ -156,28 +160,44 @@ class Walk:
         found = self.plan.block_solvers(sites)
         return [note for solver, theirs in found for note in solver.refine(block, theirs, lessons, draw)]
 
+    def _own(self, block: Block, sites: list[Site]) -> None:
+        """Streaming, give a block memory of its own, because pages of a mapped file stay there once written to."""
+        if self.stream and sites:
+            for parameter in block.module.parameters():
+                parameter.data = parameter.data.clone()
+
     def _resumed(self, index: int, sites: list[Site]) -> bool:
         """Write the parameters that the journal holds for this block, if it does."""
         found = self.journal.load(index) if self.journal is not None else None
         if found is None:
             return False
-        values, rows = found
-        scales = {site.name: values.pop(f"{site.name}:{SCALES}", None) for site in sites}
-        with torch.no_grad():
-            for name, value in values.items():
-                self.model.get_parameter(name).copy_(value)
+        values, scales, rows = found
+        self._put(values)
         for site in sites:
-            site.keep_scales(scales[site.name])
+            site.keep_scales(scales.get(site.name))
         self.report.rows += [Row(**row) for row in rows]
         return True
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        """Give parameters the values of a finished block; streaming, the mapped tensors themselves."""
+        for name, value in values.items():
+            parameter = self.model.get_parameter(name)
+            if self.stream and parameter.device.type == "cpu" and parameter.dtype == value.dtype:
+                parameter.data = value
+            else:
+                with torch.no_grad():
+                    parameter.copy_(value)
 
     def _finish(self, index: int, block: Block, sites: list[Site], rows: list[Row]) -> None:
         """Record a finished block: its parameters, and the scales of the sites that are quantised."""
         if self.journal is not None:
             inside = {id(parameter) for parameter in block.module.parameters()} if rows else set()
-            values = {name: value for name, value in self.model.named_parameters() if id(value) in inside}
-            scales = {f"{site.name}:{SCALES}": site.scales for site in sites if site.scales is not None}
-            self.journal.record(index, values | scales, [asdict(row) for row in rows])
+            values = {name: value.detach() for name, value in self.model.named_parameters() if id(value) in inside}
+            scales = {site.name: site.scales for site in sites if site.scales is not None}
+            self.journal.record(index, values, scales, [asdict(row) for row in rows])
+            found = self.journal.load(index) if self.stream else None
+            if found is not None:
+                self._put(found[0])
         self.report.rows += rows
 
 
