@@ -20,6 +20,7 @@ from zeroskip.planning.install import compiled_layers, thaw
 from zeroskip.planning.machine import Machine, this_machine
 from zeroskip.planning.plan import SitePlan, plain
 from zeroskip.planning.planner import Planner, plannable
+from zeroskip.planning.shaped import examples_of
 from zeroskip.planning.tokens import Tokens
 
 __all__ = ["Analysis", "analyze"]
@@ -79,6 +80,7 @@ def analyze(
     tokens: int | Sequence[int] | Mapping[int, float] = (1, 32, 512),
     precision: str | None = None,
     *,
+    example_inputs: Any = None,
     budget_s: float = 0.4,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Analysis:
@@ -92,6 +94,8 @@ def analyze(
         Token counts, as for `zs.compile`.
     precision : None, "fp32", "bf16", "int8" or "int4"
         As for `zs.compile`.
+    example_inputs : optional
+        As for `zs.compile`: convolutions and recurrent layers are measured at the sizes these inputs give them.
     budget_s : float
         Seconds of timing for each distinct site, and for each format of each distinct shape, at each token count.
     progress : function (done, total, what), optional
@@ -107,14 +111,16 @@ def analyze(
     elif next(compiled_layers(model := unwrapped(model)), None) is not None:
         model = copy.deepcopy(model)  # only a compiled model has to be turned back, and not the caller's
     thaw(model)
-    sites, notes = plannable(model, precision)
+    examples = examples_of(model, wanted, example_inputs)
+    sites, notes = plannable(model, precision, examples)
     answer = Analysis(this_machine(), wanted, notes=notes)
     working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
     planner = Planner(wanted, precision, working_set, budget_s)
-    shapes = sorted({(*site.shape[1:], _values(site.weight().dtype, precision)) for site in sites})
+    plain_sites = [site for site in sites if site.name not in examples]
+    shapes = sorted({(*site.shape[1:], _values(site.weight().dtype, precision)) for site in plain_sites})
     steps = len(sites) + len(shapes)
     for done, site in enumerate(sites, start=1):
-        answer.sites.append(planner.plan(site, answer.notes))
+        answer.sites.append(planner.plan(site, answer.notes, examples.get(site.name)))
         if progress is not None:
             progress(done, steps, site.name)
     if (unrest := planner.unrest()) is not None:
@@ -175,8 +181,12 @@ def _least(answer: Analysis) -> str:
 
 def _gain(sites: list[SitePlan], tokens: int) -> float:
     """Return the time of the fastest dense candidates over that of the layouts chosen, summed over the sites."""
-    chosen = sum(site.time_ms(site.label, tokens) for site in sites)
-    dense = sum(site.time_ms(site.label, tokens) * site.speedups[site.label][tokens] for site in sites)
+    dense = chosen = 0.0
+    for site in sites:
+        speedups = site.speedups[site.label]
+        count = tokens if tokens in speedups else next(iter(speedups))  # a convolution has one size only
+        chosen += site.time_ms(site.label, count)
+        dense += site.time_ms(site.label, count) * speedups[count]
     return dense / chosen
 
 

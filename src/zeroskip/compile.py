@@ -20,13 +20,16 @@ from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io.meta import attach
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
-from zeroskip.planning.install import apply_tuning, build, fits, put_in, thaw, weights_of
+from zeroskip.planning.install import apply_tuning, build, build_split, fits, put_in, thaw, together, weights_of
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
 from zeroskip.planning.planner import Planner, check_weights, plannable
+from zeroskip.planning.recurrent import settle
+from zeroskip.planning.shaped import Example, examples_of
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.verdict import Verdict
 from zeroskip.planning.zeros import find_zeros
+from zeroskip.recurrent_layers import SplitRecurrent
 
 __all__ = ["Progress", "apply_tuning", "compile"]
 
@@ -66,6 +69,7 @@ def compile(
         alike; activations keep their dtype between the layers. fp16 weights stay dense unless one is given.
     example_inputs : tensor, tuple of arguments or dict of keyword arguments, optional
         For the check of the whole model; transformers models get synthetic ids without it, others are not checked.
+        Convolutions and recurrent layers are measured at the sizes these inputs give them, and stay dense without any.
     plan : Plan, its dictionary or its file, optional
         A plan made on this machine is applied without measuring. One of another machine is measured again.
     budget_s : float
@@ -97,11 +101,12 @@ def compile(
             _apply(model, given)
             return called
         log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
-    sites, notes = plannable(model, precision)
+    examples = examples_of(model, wanted, example_inputs)
+    sites, notes = plannable(model, precision, examples)
     made = Plan(this_machine(), wanted, precision, notes=notes)
     if given is not None:
         made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
-    _run(model, sites, made, Verdict(model, called, wanted.counts, example_inputs), budget_s, progress)
+    _run(model, sites, examples, made, Verdict(model, called, wanted.counts, example_inputs), budget_s, progress)
     object.__setattr__(model, "zeroskip_plan", made)
     attach(model)
     log.info("%s", made)
@@ -109,23 +114,34 @@ def compile(
 
 
 def _run(
-    model: nn.Module, sites: list[Site], plan: Plan, verdict: Verdict, budget_s: float, progress: Progress | None
+    model: nn.Module,
+    sites: list[Site],
+    examples: Mapping[str, Example],
+    plan: Plan,
+    verdict: Verdict,
+    budget_s: float,
+    progress: Progress | None,
 ) -> None:
     """Measure, choose and install site by site, then let the whole model decide; any failure puts everything back."""
     working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
     planner = Planner(plan.tokens, plan.precision, working_set, budget_s)
     verdict.before(working_set)
     try:
-        for done, site in enumerate(sites, start=1):
-            choice = planner.plan(site, plan.notes)
-            new = build(choice, site, max(plan.tokens.counts))
-            if hasattr(new, "weight") and new is not site.module:
-                choice.bytes_after = _stored_bytes(new)
-            plan.sites.append(choice)
-            verdict.installed(site.name, site.module, new)
-            put_in(model, site.module, new)
+        done, most = 0, max(plan.tokens.counts)
+        for group in together(sites):
+            first = group[0]
+            choices = [planner.plan(site, plan.notes, examples.get(site.name)) for site in group]
+            if isinstance(first.module, nn.RNNBase):
+                choices, new = settle(choices, group, examples[first.name], most, budget_s, plan.notes)
+            else:
+                new = build(choices[0], first, most)
+            _note_bytes(choices, group, new)
+            plan.sites += choices
+            verdict.installed(first.owner, first.module, new)
+            put_in(model, first.module, new)
+            done += len(group)
             if progress is not None:
-                progress(done, len(sites), site.name)
+                progress(done, len(sites), first.name)
         if (unrest := planner.unrest()) is not None:
             plan.notes.append(unrest)
             log.warning("%s", unrest)
@@ -145,11 +161,19 @@ def _apply(model: nn.Module, given: Plan) -> None:
     sites = fits(plan, model)
     check_weights(list(sites.values()))
     # Everything is packed before anything is installed, so that a plan that does not fit leaves the model as it was.
-    new = [build(choice, sites[choice.name], max(plan.tokens.counts)) for choice in plan.sites]
-    for choice, module in zip(plan.sites, new, strict=True):
-        choice.sparsity = find_zeros(weights_of(sites[choice.name])[0]).sparsity
-        choice.bytes_after = _stored_bytes(module)
-        put_in(model, sites[choice.name].module, module)
+    choices, most = {choice.name: choice for choice in plan.sites}, max(plan.tokens.counts)
+    groups = together(sites[choice.name] for choice in plan.sites)
+    new = [
+        build_split([choices[site.name] for site in group], group, most)
+        if isinstance(group[0].module, nn.RNNBase)
+        else build(choices[group[0].name], group[0], most)
+        for group in groups
+    ]
+    for group, module in zip(groups, new, strict=True):
+        for site in group:
+            choices[site.name].sparsity = find_zeros(weights_of(site)[0]).sparsity
+        _note_bytes([choices[site.name] for site in group], group, module)
+        put_in(model, group[0].module, module)
     object.__setattr__(model, "zeroskip_plan", plan)
     attach(model)
 
@@ -167,6 +191,17 @@ def _stayed(choice: SitePlan, check: ModelCheck) -> SitePlan:
         bytes_after=choice.bytes_before,
         reason=reason,
     )
+
+
+def _note_bytes(choices: list[SitePlan], sites: list[Site], new: nn.Module) -> None:
+    """Write down what the weights take in what is installed for these sites."""
+    for choice, site in zip(choices, sites, strict=True):
+        if new is site.module:
+            choice.bytes_after = choice.bytes_before
+        elif isinstance(new, SplitRecurrent):
+            choice.bytes_after = _stored_bytes(new.get_submodule(site.parameter))
+        else:
+            choice.bytes_after = _stored_bytes(new)
 
 
 def _stored_bytes(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ the ordinary weight it holds, in its own precision, and comes back as nn.Linear;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip import _core
+from zeroskip.conv_layers import PackedConv, geometry_of, geometry_problem
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
@@ -21,7 +22,9 @@ from zeroskip.io.container import Later
 from zeroskip.nn import PackedLinear
 from zeroskip.ops import ACTIVATIONS
 from zeroskip.planning.install import compiled_layers, put_in
-from zeroskip.sites import Conv1DAdapter, Site
+from zeroskip.recurrent_layers import SplitRecurrent, obstacle, products
+from zeroskip.sites import Conv1DAdapter, RecurrentAdapter, Site
+from zeroskip.sites.conv import KINDS, Conv
 
 __all__ = [
     "blobs_of",
@@ -59,6 +62,8 @@ def describe_sites(model: nn.Module) -> dict[str, dict[str, Any]]:
             packed = module.packed
             site |= {"kind": "packed", "format": packed.format, "values": packed.values, "nbytes": packed.nbytes}
             site |= {"activation": module.activation}
+            if isinstance(module, PackedConv):
+                site["conv"] = geometry_of(module)
         else:
             dtype = DTYPES[module.values] if isinstance(module, OneDnnLinear) else layer.weight.dtype
             site |= {"kind": "dense", "dtype": dtype_name(dtype), "transposed": False}
@@ -86,7 +91,7 @@ def site_problem(site: Any) -> str | None:
         return f"nbytes {nbytes!r} is not a positive multiple of {ALIGNMENT}"
     if activation is not None and activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
-    return None
+    return geometry_problem(site["conv"]) if "conv" in site else None
 
 
 def is_float(name: Any) -> bool:
@@ -102,8 +107,10 @@ def swap(model: nn.Module, sites: Mapping[str, dict[str, Any]], where: str | Pat
     ZeroskipError
         If the model has no such layer, or one of another shape. The model is then as it was.
     """
-    places = [(_module(model, name, site, where), site) for name, site in sites.items()]
-    for old, site in places:
+    for name, site in sites.items():
+        _check(model, name, site, where)
+    _open(model, sites)
+    for old, site in [(model.get_submodule(name), site) for name, site in sites.items()]:
         if site.get("transposed"):  # loaded into the model's own Conv1D, then straightened
             for name, dtype in (("weight", site["dtype"]), ("bias", site["bias"])):
                 if dtype is not None:
@@ -113,9 +120,20 @@ def swap(model: nn.Module, sites: Mapping[str, dict[str, Any]], where: str | Pat
             put_in(model, old, _empty(site).train(old.training))
 
 
-def _module(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Path) -> nn.Module:
+def _open(model: nn.Module, sites: Iterable[str]) -> None:
+    """Take the recurrent layers apart of which a product is stored packed."""
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in sites):
+        module = model.get_submodule(owner)
+        if isinstance(module, nn.RNNBase):
+            put_in(model, module, SplitRecurrent(module, products(module)).train(module.training))
+
+
+def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Path) -> None:
+    owner, _, parameter = name.rpartition(".")
     try:
-        module = model.get_submodule(name)
+        parent = model.get_submodule(owner)
+        inside = isinstance(parent, nn.RNNBase) and parameter in RecurrentAdapter.parameters(parent)
+        module = parent if inside else model.get_submodule(name)
     except AttributeError:
         raise ZeroskipError(f"{where}: site {name}: a {type(model).__name__} has no such layer") from None
     layer: Any = module
@@ -123,21 +141,28 @@ def _module(model: nn.Module, name: str, site: Mapping[str, Any], where: str | P
         shape = [1, layer.out_features, layer.in_features]
     else:
         try:
-            shape = list(Site(name, module).shape)
+            shape = list((Site(name, module, parameter) if inside else Site(name, module)).shape)
         except ZeroskipError:
             raise ZeroskipError(f"{where}: site {name}: a {type(module).__name__} cannot be packed") from None
     if shape != [1, *site["shape"]]:
         raise ZeroskipError(f"{where}: site {name}: stored as {site['shape']} where the model has {shape[1:]}")
     if site.get("transposed") and not Conv1DAdapter.matches(module):
         raise ZeroskipError(f"{where}: site {name}: stored transposed, which a {type(module).__name__} is not")
-    return module
+    has = geometry_of(cast(Conv, module)) if isinstance(module, (*KINDS, PackedConv)) else None
+    if site.get("conv") != has:
+        raise ZeroskipError(f"{where}: site {name}: stored as convolution {site.get('conv')} where the model has {has}")
+    problem = obstacle(cast(nn.RNNBase, module)) if inside else None
+    if problem is not None:
+        raise ZeroskipError(f"{where}: site {name}: the {type(module).__name__} cannot be taken apart: {problem}")
 
 
 def _empty(site: Mapping[str, Any]) -> nn.Module:
     (rows, columns), bias = site["shape"], site["bias"]
     layer: nn.Module
     with torch.device("meta"):
-        if site["kind"] == "packed":
+        if "conv" in site:
+            layer = PackedConv(columns, rows, site["nbytes"], site["conv"], bias is not None)
+        elif site["kind"] == "packed":
             layer = PackedLinear(columns, rows, site["nbytes"], bias is not None, site.get("activation"))
         else:
             layer = nn.Linear(columns, rows, bias is not None, dtype=getattr(torch, site["dtype"]))

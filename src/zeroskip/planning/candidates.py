@@ -28,6 +28,7 @@ __all__ = [
     "Layout",
     "allowed_values",
     "check_precision",
+    "few_zeros",
     "format_layout",
     "kernels_to_try",
     "layouts",
@@ -123,8 +124,7 @@ def layouts(
     own = NAMES.get(weight.dtype, str(weight.dtype))
     found = [_as_it_stands(module, weight, own)]
     refused: dict[str, str] = {}
-    zeros = 1.0 - float(torch.count_nonzero(weight)) / weight.numel()
-    few = None if zeros >= FEW_ZEROS else f"the weight has too few zeros: {zeros:.1%}"
+    few = few_zeros(weight)
     for kind in values:
         for name, rival in rivals().items():
             if f"{name} {kind}" == found[0].label:
@@ -144,6 +144,12 @@ def layouts(
             else:
                 refused[f"{name} {kind}"] = made
     return found, refused
+
+
+def few_zeros(weight: Tensor) -> str | None:
+    """Return why no sparse layout is worth measuring, or None."""
+    zeros = 1.0 - float(torch.count_nonzero(weight)) / weight.numel()
+    return None if zeros >= FEW_ZEROS else f"the weight has too few zeros: {zeros:.1%}"
 
 
 def _as_it_stands(module: nn.Module, weight: Tensor, own: str) -> Layout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zeroskip import ops
 from zeroskip.bench.dense import rivals
+from zeroskip.conv_layers import PackedConv, in_channels_last
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, unpack
@@ -21,8 +22,22 @@ from zeroskip.nn import PackedLinear
 from zeroskip.planning.candidates import pack_as
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
+from zeroskip.recurrent_layers import SplitRecurrent, products
+from zeroskip.sites import ConvAdapter
+from zeroskip.sites.conv import Conv
 
-__all__ = ["apply_tuning", "build", "compiled_layers", "put_all", "put_in", "stored_weight", "thaw", "weights_of"]
+__all__ = [
+    "apply_tuning",
+    "build",
+    "build_split",
+    "compiled_layers",
+    "put_all",
+    "put_in",
+    "stored_weight",
+    "thaw",
+    "together",
+    "weights_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +53,8 @@ def weights_of(site: Site) -> tuple[Tensor, Tensor | None]:
 def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
     """Return the module that the plan wants at this site; the site's own where it stays dense as it is.
 
+    Of a recurrent layer it is the product that the site is.
+
     The tuning table of the process is filled for the packed weight. `tokens` is the largest count to be good at.
 
     Raises
@@ -46,8 +63,11 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
         If the format cannot hold the weight: its zeros are not those the plan was made for.
     """
     if choice.format == "linear" and choice.values == choice.dtype:
-        return site.module
+        rnn = site.module
+        return products(rnn)[site.parameter] if isinstance(rnn, nn.RNNBase) else rnn
     with torch.inference_mode(False), torch.no_grad():
+        if choice.format == "channels_last":
+            return in_channels_last(site.module)
         weight, bias = weights_of(site)
         if choice.format in rivals():
             return rivals()[choice.format].build(weight, bias, choice.values, tokens)
@@ -56,7 +76,26 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
             ops.tune(packed, choice.kernels)
         except ValueError as error:
             raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error
+        if issubclass(site.adapter, ConvAdapter):
+            return PackedConv.of(cast(Conv, site.module), packed, bias)
         return PackedLinear.from_packed(packed, bias, None)
+
+
+def together(sites: Iterable[Site]) -> list[list[Site]]:
+    """Return the sites in groups that one module replaces: the products of a recurrent layer; any other alone."""
+    groups: dict[tuple[int, str], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((id(site.module), "" if isinstance(site.module, nn.RNNBase) else site.name), []).append(site)
+    return list(groups.values())
+
+
+def build_split(choices: Sequence[SitePlan], sites: Sequence[Site], tokens: int) -> nn.Module:
+    """Return what a plan wants in the place of a recurrent layer; the layer itself where nothing of it is packed."""
+    old = cast(nn.RNNBase, sites[0].module)
+    if not any(choice.is_packed for choice in choices):
+        return old
+    parts = {site.parameter: build(choice, site, tokens) for choice, site in zip(choices, sites, strict=True)}
+    return SplitRecurrent(old, parts).train(old.training)
 
 
 def put_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -102,15 +141,19 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
     only : set of str, optional
         The names to treat; all of them by default.
     """
+    names = _close(model, dtypes, only)
     files = _weight_files(model)
     common = next((p.dtype for n, p in _outside(model) if p.is_floating_point()), None)
-    names: list[str] = []
     for name, layer in list(compiled_layers(model)):
         if only is not None and name not in only:
             continue
         with torch.inference_mode(False), torch.no_grad():
             weight = stored_weight(layer)
             dtype = (dtypes or {}).get(name, common or weight.dtype)
+            if isinstance(layer, PackedConv):
+                put_in(model, layer, layer.dense(weight.to(dtype)).train(layer.training))
+                names.append(name)
+                continue
             dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta", dtype=dtype)
             dense.weight = nn.Parameter(_reread(files, name, weight, dtype), requires_grad=False)
             if isinstance(layer.bias, Tensor):
@@ -119,6 +162,24 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
         if isinstance(layer, PackedLinear) and layer.packed.scales is not None:  # so that the same codes can come again
             dense.__dict__["zeroskip_scales"] = layer.packed.scales.unsqueeze(0)
         put_in(model, layer, dense)
+        names.append(name)
+    return names
+
+
+def _close(model: nn.Module, dtypes: dict[str, torch.dtype] | None, only: set[str] | None) -> list[str]:
+    """Turn recurrent layers that were taken apart back into torch's own, in place, and return their names."""
+    common = next((p.dtype for n, p in _outside(model) if p.is_floating_point()), torch.float32)
+    names: list[str] = []
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, SplitRecurrent) or (only is not None and name not in only):
+            continue
+        with torch.inference_mode(False), torch.no_grad():
+            dtype = (dtypes or {}).get(name, common)
+            weights = {
+                part: (stored_weight(child).to(dtype), cast("Tensor | None", child.bias))
+                for part, child in layer.named_children()
+            }
+            put_in(model, layer, layer.dense(weights).train(layer.training))
         names.append(name)
     return names
 
@@ -141,6 +202,8 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
         if isinstance(layer, PackedLinear):
             if not changes and choice.is_packed:
                 ops.tune(Packed.from_blob(layer.weight.detach()), choice.kernels)
+        elif choice.format == "channels_last" and not changes:
+            put_in(model, layer, in_channels_last(layer))
         elif isinstance(layer, nn.Linear) and not choice.is_packed:
             _set_up_dense(model, layer, choice, max(plan.tokens.counts), at_home=not changes)
 

@@ -15,12 +15,31 @@ from zeroskip.errors import first_line
 from zeroskip.formats import unpack
 from zeroskip.planning.candidates import Call, Layout, copies_for, layouts
 
-__all__ = ["CACHE_BYTES", "Measured", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
+__all__ = ["CACHE_BYTES", "Measured", "Probe", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
 
 log = logging.getLogger(__name__)
 
 # Working sets above this are no colder, and copies of this size are affordable beside any model worth compiling.
 CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs for one measurement.
+
+    Attributes
+    ----------
+    x : Tensor
+        What the calls are given.
+    rows : Tensor
+        [tokens, k] the same as the weight's matrix sees it.
+    flat : callable
+        From what a call returns to [tokens, m].
+    """
+
+    x: Tensor
+    rows: Tensor
+    flat: Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -102,8 +121,9 @@ def measure_layouts(
     working_set_bytes: int,
     budget_s: float,
     refused: dict[str, str] | None = None,
+    probes: Callable[[int], Probe] | None = None,
 ) -> Measured:
-    """As `measure`, for layouts made beforehand."""
+    """As `measure`, for layouts made beforehand; `probes` gives other inputs for a token count than plain rows."""
     result = Measured(found, {}, dict(refused or {}))
     working_set = min(working_set_bytes, CACHE_BYTES)
     with torch.inference_mode():
@@ -111,7 +131,8 @@ def measure_layouts(
         for count in sorted(tokens):
             # Activations larger than the working set push the weights out of the caches by themselves.
             cold = count * sum(weight.shape) * weight.element_size() >= working_set
-            runners = _checked(result, field_of, weight, bias, count, 1 if cold else None)
+            probe = plain_probe(weight, count) if probes is None else probes(count)
+            runners = _checked(result, field_of, weight, bias, count, 1 if cold else None, probe)
             dense = [name for layout in found if layout.dense for name in runners if _label(name) == layout.label]
             result.races[count] = race(runners, budget_s=budget_s, settled=tell_apart(result), core=dense)
     return result
@@ -124,13 +145,13 @@ def _checked(
     bias: Tensor | None,
     tokens: int,
     copies: int | None,
+    probe: Probe,
 ) -> dict[str, list[Callable[[], object]]]:
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
-    oracle = Oracle(weight, bias, x)
+    x, rows = probe.x, probe.rows
+    oracle = Oracle(weight, bias, rows)
     # Integers say what they mean themselves: how far that is from the model's weight is the precision asked for.
     own = {
-        layout.label: Oracle(unpack(layout.packed), bias, x, layout.packed.group_size)
+        layout.label: Oracle(unpack(layout.packed), bias, rows, layout.packed.group_size)
         for layout in result.layouts
         if layout.packed is not None and layout.packed.group_size
     }
@@ -140,7 +161,7 @@ def _checked(
         if name in result.wrong:
             continue
         try:
-            problem = own.get(layout.label, oracle).problem(calls[0](x), layout.values)
+            problem = own.get(layout.label, oracle).problem(probe.flat(calls[0](x)), layout.values)
         except RuntimeError as error:
             problem = f"failed: {first_line(error)}"
         if problem is not None and layout is not result.layouts[0]:
@@ -153,6 +174,13 @@ def _checked(
             log.warning("the model's own layer at %d tokens %s", tokens, problem)
         runners[name] = [bound(call, x) for call in calls[:copies]]
     return runners
+
+
+def plain_probe(weight: Tensor, tokens: int) -> Probe:
+    """Return random rows [tokens, k] for a linear layer."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.dtype)
+    return Probe(x, x, lambda y: y)
 
 
 def bound(call: Call, x: Tensor) -> Callable[[], object]:

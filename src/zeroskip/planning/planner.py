@@ -7,6 +7,7 @@ import logging
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from zeroskip.model import Site, every_site, select_sites
 from zeroskip.planning.candidates import NAMES, allowed_values
 from zeroskip.planning.choose import Choice, choose
 from zeroskip.planning.install import weights_of
-from zeroskip.planning.measure import Measured, measure
+from zeroskip.planning.measure import Measured, measure, measure_layouts
 from zeroskip.planning.plan import SitePlan
+from zeroskip.planning.shaped import Example, conv_layouts, is_shaped, key_of, probe_of, shaped_obstacle, stand_in
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.zeros import Zeros, find_zeros
 from zeroskip.sites import LinearAdapter
@@ -44,19 +46,24 @@ class Planner:
         self.spreads: list[float] = []
         self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
 
-    def plan(self, site: Site, notes: list[str]) -> SitePlan:
-        """Return the plan of one site, measured here or at an earlier site of the same key."""
+    def plan(self, site: Site, notes: list[str], example: Example | None = None) -> SitePlan:
+        """Return the plan of one site, measured here or at an earlier site of the same key.
+
+        A shaped site (a convolution, a product of a recurrent layer) is measured at the size of its example.
+        """
         weight, bias = weights_of(site)
         zeros = find_zeros(weight)
         scales = None if site.scales is None else site.scales.shape
-        key = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
+        key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
+        key += () if example is None else key_of(site, example)
         for nnz, known in self._known.setdefault(key, []):
             if abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
                 return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
         log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
-        measured = self.measure(site, weight, bias)
+        measured = self.measure(site, weight, bias, example)
         self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
-        made = site_plan(site.name, weight, zeros, measured, choose(measured, self.tokens))
+        counts = self.tokens if example is None else Tokens((example.tokens,))
+        made = site_plan(site.name, weight, zeros, measured, choose(measured, counts))
         notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
         self._known[key].append((zeros.nnz, made))
         return made
@@ -71,16 +78,17 @@ class Planner:
             "close calls went to the dense side, so compile again when it is quiet"
         )
 
-    def measure(self, site: Site, weight: Tensor, bias: Tensor | None) -> Measured:
-        return measure(
-            site.module,
-            weight,
-            bias,
-            values=allowed_values(weight.dtype, self.precision),
-            tokens=self.tokens.counts,
-            working_set_bytes=self.working_set_bytes,
-            budget_s=self.budget_s,
-        )
+    def measure(self, site: Site, weight: Tensor, bias: Tensor | None, example: Example | None) -> Measured:
+        values = allowed_values(weight.dtype, self.precision)
+        limits: Any = {"working_set_bytes": self.working_set_bytes, "budget_s": self.budget_s}
+        if example is None:
+            return measure(site.module, weight, bias, values=values, tokens=self.tokens.counts, **limits)
+        if isinstance(site.module, nn.RNNBase):
+            return measure(stand_in(site), weight, bias, values=values, tokens=(example.tokens,), **limits)
+        with torch.inference_mode(False), torch.no_grad():
+            found, refused = conv_layouts(site, weight, bias, values)
+        probes = partial(probe_of, site, example)
+        return measure_layouts(found, weight, bias, tokens=(example.tokens,), refused=refused, probes=probes, **limits)
 
 
 def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choice: Choice) -> SitePlan:
@@ -121,8 +129,13 @@ def check_weights(sites: list[Site]) -> None:
             raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
 
 
-def plannable(model: nn.Module, precision: str | None) -> tuple[list[Site], list[str]]:
-    """Return the sites that can be planned, and one note for each kind that cannot."""
+def plannable(
+    model: nn.Module, precision: str | None, examples: Mapping[str, Example] | None = None
+) -> tuple[list[Site], list[str]]:
+    """Return the sites that can be planned, and one note for each kind that cannot.
+
+    `examples` has those of the shaped sites by name.
+    """
     every, skipped = select_sites(model, exclude=())
     tables = {site.name for site in every_site(model) if isinstance(site.module, nn.Embedding)}
     notes = [
@@ -132,7 +145,7 @@ def plannable(model: nn.Module, precision: str | None) -> tuple[list[Site], list
     bound = _bound_to_parents(model)
     sites: list[Site] = []
     for site in every:
-        reason = _obstacle(site, bound)
+        reason = _obstacle(site, bound, (examples or {}).get(site.name))
         if reason is not None:
             notes.append(f"{site.name}: stays dense, {reason}")
         elif allowed_values(site.weight().dtype, precision):
@@ -155,12 +168,15 @@ def _bound_to_parents(model: nn.Module) -> dict[int, str]:
     return {id(child): type(owner).__name__ for owner in owners for child in owner.children()}
 
 
-def _obstacle(site: Site, bound: Mapping[int, str]) -> str | None:
+def _obstacle(site: Site, bound: Mapping[int, str], example: Example | None) -> str | None:
     """Return why the site cannot be replaced by another module, None if it can."""
     module = site.module
     if isinstance(module, nn.MultiheadAttention):
         return f"{type(module).__name__} reads its weight directly"
-    if not issubclass(site.adapter, LinearAdapter):
+    if is_shaped(site):
+        if (reason := shaped_obstacle(site, example)) is not None:
+            return reason
+    elif not issubclass(site.adapter, LinearAdapter):
         return f"{type(module).__name__} is not compiled yet"
     if id(module) in bound:
         return f"{bound[id(module)]} reads its weight directly"

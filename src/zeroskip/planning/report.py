@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,9 +47,16 @@ def plan_table(plan: Plan) -> str:
 def _cells(site: SitePlan, counts: Sequence[int]) -> list[str]:
     zeros = f"{site.pattern} {site.sparsity:.0%}" if site.sparsity else "none"
     speedups = site.speedups.get(site.label, {})
-    each = [f"{speedups[t]:.2f}" if t in speedups else "-" for t in counts]
+    each = _ratios(speedups, counts)
     sizes = f"{human_bytes(site.bytes_before)} -> {human_bytes(site.bytes_after)}"
     return [f"{site.shape[0]}x{site.shape[1]}", zeros, site.label, *each, sizes]
+
+
+def _ratios(speedups: Mapping[int, float], counts: Sequence[int]) -> list[str]:
+    """The cells of one layout; a site measured at a size of its own shows it in the last."""
+    cells = [f"{speedups[t]:.2f}" if t in speedups else "-" for t in counts]
+    other = [f"{ratio:.2f} at {t}" for t, ratio in speedups.items() if t not in counts]
+    return [*cells[:-1], *other] if other else cells
 
 
 def _tokens(plan: Plan) -> str:
@@ -110,7 +117,7 @@ def _site_rows(answer: Analysis) -> list[list[str]]:
         for label, speedups in site.speedups.items():
             mark = "*" if label == site.label else ""
             size = human_bytes(site.layout_bytes.get(label, 0))
-            cells.append((label + mark, size, *[f"{speedups[t]:.2f}" for t in answer.tokens.counts]))
+            cells.append((label + mark, size, *_ratios(speedups, answer.tokens.counts)))
         groups.setdefault((_generic(site.name), tuple(cells)), []).append(site.name)
     rows: list[list[str]] = []
     for (name, (what, *each)), sites in groups.items():

@@ -93,4 +93,4 @@ def patches(conv: Conv, x: Tensor) -> Tensor:
     # [batch, channels, *out, *kernel] -> [groups, batch, *out, *kernel, channels / groups]
     x = x.reshape(batch, conv.groups, channels // conv.groups, *x.shape[2:])
     x = x.permute(1, 0, *range(3, 3 + 2 * space), 2)
-    return x.reshape(conv.groups, batch * math.prod(x.shape[2 : 2 + space]), -1)
+    return x.reshape(conv.groups, math.prod(x.shape[1 : 2 + space]), math.prod(x.shape[2 + space :]))

@@ -1,0 +1,172 @@
+"""A convolution as one product: its patches, laid out as rows, times a packed weight.
+
+x [batch, channels, *space] -> patches [batch x positions, kernel positions x channels] -> y, which comes channels-last:
+so the layer after it finds its patches as runs of memory, and of a 1 x 1 kernel with stride 1 nothing is copied at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.formats.base import Packed
+from zeroskip.nn import PackedLinear
+from zeroskip.ops import call
+from zeroskip.sites.conv import KINDS, Conv, ConvAdapter, patches
+
+__all__ = ["Geometry", "PackedConv", "channels_last", "geometry_of", "geometry_problem", "in_channels_last"]
+
+Geometry: TypeAlias = dict[str, Any]
+"""{"kernel_size", "stride", "dilation": one whole number an axis; "padding": two an axis, the last axis first;
+"padding_mode": str}"""
+
+MODES = ("zeros", "reflect", "replicate", "circular")
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def geometry_of(conv: Conv | PackedConv) -> Geometry:
+    """Return what a convolution is besides its weight, as plain values for JSON."""
+    return {
+        "kernel_size": list(conv.kernel_size),
+        "stride": list(conv.stride),
+        "dilation": list(conv.dilation),
+        "padding": list(conv._reversed_padding_repeated_twice),
+        "padding_mode": conv.padding_mode,
+    }
+
+
+def geometry_problem(given: Any) -> str | None:
+    """Return what is wrong with a geometry that was read from a file, or None."""
+    if not isinstance(given, dict):
+        return f"conv is a {type(given).__name__}, not an object"
+    sizes = given.get("kernel_size")
+    axes = len(sizes) if isinstance(sizes, list) else 0
+    if axes not in (1, 2, 3):
+        return f"kernel_size {sizes!r} is not one to three whole numbers"
+    for name in ("kernel_size", "stride", "dilation", "padding"):
+        value, (count, least) = given.get(name), (2 * axes, 0) if name == "padding" else (axes, 1)
+        if not isinstance(value, list) or [type(n) is int and least <= n < 1 << 31 for n in value] != [True] * count:
+            return f"{name} {value!r} is not {count} whole numbers from {least} on"
+    if given.get("padding_mode") not in MODES:
+        return f"padding_mode {given.get('padding_mode')!r} is not one of {', '.join(MODES)}"
+    return None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x [batch, channels, *space] with its channels innermost in memory; x itself where it is so."""
+    if x.dim() in FORMATS:
+        return x.contiguous(memory_format=FORMATS[x.dim()])
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def in_channels_last(conv: nn.Module) -> nn.Module:
+    """Return a copy of a convolution whose weight lies channels-last, which makes torch compute so."""
+    new = copy.deepcopy(conv)
+    weight = new.get_parameter("weight")
+    weight.data = weight.data.contiguous(memory_format=FORMATS[weight.dim()])
+    return new
+
+
+class PackedConv(PackedLinear):
+    """A convolution without groups whose `weight` is a blob, int8 [nbytes], of the matrix over its patches.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Kernel positions x channels; outputs.
+    nbytes
+        Length of the blob.
+    geometry
+        As `geometry_of` gives it.
+    bias
+        Whether there is a bias [out_features].
+    """
+
+    groups = 1
+
+    def __init__(
+        self, in_features: int, out_features: int, nbytes: int, geometry: Geometry, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, nbytes, bias)
+        self.kernel_size: tuple[int, ...] = tuple(geometry["kernel_size"])
+        self.stride: tuple[int, ...] = tuple(geometry["stride"])
+        self.dilation: tuple[int, ...] = tuple(geometry["dilation"])
+        self._reversed_padding_repeated_twice: list[int] = list(geometry["padding"])
+        self.padding_mode: str = geometry["padding_mode"]
+        self._product: Callable[[Tensor], Tensor] | None = None  # for measuring: in the place of the blob's own kernel
+        self.positions = 1
+        for size in self.kernel_size:
+            self.positions *= size
+        self._plain = self.positions == 1 and set(self.stride) == {1} and not any(geometry["padding"])
+
+    @classmethod
+    def of(cls, conv: Conv, packed: Packed, bias: Tensor | None) -> PackedConv:
+        """Wrap the packed matrix of a convolution; it and the bias are shared, not copied."""
+        m, k = packed.shape
+        module = cls(k, m, 0, geometry_of(conv))
+        module.weight = nn.Parameter(packed.blob, requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = len(self.kernel_size)
+        batched = x.dim() == axes + 2
+        if x.dim() not in (axes + 1, axes + 2) or x.shape[-axes - 1] * self.positions != self.in_features:
+            channels = self.in_features // self.positions
+            raise ZeroskipError(f"x is {list(x.shape)}: expected [batch, {channels}, ...] with {axes} axes of space")
+        x = x if batched else x.unsqueeze(0)
+        if self._plain:
+            rows, shape = x.movedim(1, -1), (x.shape[0], *x.shape[2:])
+        else:
+            rows, shape = patches(cast(Conv, self), channels_last(x))[0], (x.shape[0], *self._positions_of(x))
+        own = self._parameters
+        if self._product is None:
+            y: Tensor = call(rows, own["weight"], own["bias"], self.out_features, self._act)
+        else:
+            y = self._product(rows)
+        y = y.view(*shape, self.out_features).movedim(-1, 1)
+        return y if batched else y[0]
+
+    def _positions_of(self, x: Tensor) -> tuple[int, ...]:
+        """The extent of the output along each axis."""
+        axes, around = len(self.kernel_size), self._reversed_padding_repeated_twice
+        return tuple(
+            (x.shape[2 + axis] + sum(around[2 * (axes - 1 - axis) :][:2]) - self.dilation[axis] * (size - 1) - 1)
+            // self.stride[axis]
+            + 1
+            for axis, size in enumerate(self.kernel_size)
+        )
+
+    def dense(self, weight: Tensor) -> nn.Module:
+        """Return the convolution of torch with this matrix [m, k] as its weight, in that dtype."""
+        axes, around = len(self.kernel_size), self._reversed_padding_repeated_twice
+        each = [tuple(around[2 * axis : 2 * axis + 2]) for axis in reversed(range(axes))]
+        same = all(before == after for before, after in each)
+        kind: Any = KINDS[axes - 1]
+        conv: nn.Module = kind(
+            self.in_features // self.positions,
+            self.out_features,
+            self.kernel_size,
+            self.stride,
+            tuple(before for before, _ in each) if same else "same",
+            self.dilation,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        own = ConvAdapter.back(conv, "weight", weight.unsqueeze(0)).contiguous()
+        conv.weight = nn.Parameter(own, requires_grad=False)
+        if self.bias is not None:
+            conv.bias = nn.Parameter(cast(Tensor, self.bias).detach().to(weight.dtype), requires_grad=False)
+        return conv
+
+    def extra_repr(self) -> str:
+        geometry = ", ".join(f"{name}={value}" for name, value in geometry_of(self).items())
+        return f"{super().extra_repr()}, {geometry}"
