@@ -3,7 +3,7 @@
     python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
-again. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not scored, fp32.
+again. "permute:METHOD" permutes channels first. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not scored, fp32.
 Calibration: the first 64 windows of 256 tokens of the calibration text.
 """
 
@@ -58,7 +58,8 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     pattern, sparsity = CELLS[which]
     batches = calibration(folder, tokenizer, batch)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    report = zeroskip.prune(model, method, pattern=pattern, sparsity=sparsity, calibration=batches)
+    asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
+    report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

@@ -46,6 +46,11 @@ class Pattern:
     def rows(self) -> int:
         return 1
 
+    @property
+    def grouped(self) -> bool:
+        """Whether the order of rows or columns matters to it."""
+        return True
+
     def shares(self, sparsity: float, groups: int, shape: tuple[int, ...]) -> list[float]:
         """Return the sparsity of each of `groups` matrices [out, in]; together they drop the exact count."""
         return [sparsity] * groups
@@ -119,6 +124,10 @@ class Block(Pattern):
     @property
     def rows(self) -> int:
         return self.height
+
+    @property
+    def grouped(self) -> bool:
+        return self.height * self.width > 1
 
     def check(self, shape: tuple[int, ...], name: str) -> None:
         for what, size, multiple in (("outputs", shape[-2], self.height), ("inputs", shape[-1], self.width)):

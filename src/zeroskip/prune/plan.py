@@ -92,7 +92,14 @@ class Plan:
             raise ZeroskipError(
                 f"budget {recipe.budget.name!r} has no layer: the rules give each a sparsity of its own"
             )
-        return Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped, free)
+        plan = Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped, free)
+        if recipe.values["permute"] and plan.surveys:
+            raise ZeroskipError(f"permute: {plan.names} looks at the whole model before channels move: leave one out")
+        if recipe.values["permute"] and not any(each.pattern.grouped for each in settings.values()):
+            raise ZeroskipError(
+                "permute serves N:M, strips and blocks; without such a pattern it gains nothing: leave it out"
+            )
+        return plan
 
     @property
     def needs_data(self) -> bool:

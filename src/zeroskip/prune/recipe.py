@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "values": None,
     "group_size": None,
     "rotate": False,
+    "permute": False,
     "budget": None,
     "target": None,
 }
@@ -207,6 +208,7 @@ class Recipe:
         if isinstance(values["seed"], bool) or not isinstance(values["seed"], int):
             raise ZeroskipError(f"seed is {values['seed']!r}: give an integer")
         _flag(values, "rotate", "the recipe")
+        _flag(values, "permute", "the recipe")
         if not isinstance(asked.get("about"), str | None):
             raise ZeroskipError(f"about is {asked['about']!r}: give a sentence")
         rules = asked.get("rules")
@@ -232,8 +234,9 @@ class Recipe:
             values["rules"] = [dict(rule) if isinstance(rule, Mapping) else rule for rule in rules]
         read = tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1))
         found = Recipe(values, read, share.budget, share.target)
-        if values["rotate"] and not any(method.needs_data for method in found.methods):
-            raise ZeroskipError("rotate needs a method that uses calibration data, such as wanda+ls: leave one out")
+        for key in ("rotate", "permute"):
+            if values[key] and not any(method.needs_data for method in found.methods):
+                raise ZeroskipError(f"{key} needs a method that uses calibration data, such as wanda+ls: leave one out")
         return found
 
     @property

@@ -33,6 +33,9 @@ class Row:
         Choice and solve; the forward passes are not in it.
     notes : list of str
         What went otherwise than planned, such as a raised ridge.
+    permuted : dict, optional
+        Where channels were permuted: {"with": the layers that were permuted alike, "kept_before", "kept": the fraction
+        of saliency that the patterns keep without and with it, mean of the matrices touched, "seconds"}.
     """
 
     name: str
@@ -45,6 +48,17 @@ class Row:
     tokens: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    permuted: dict[str, Any] | None = None
+
+    @property
+    def remarks(self) -> list[str]:
+        """`notes`, and a sentence on the permutation."""
+        if self.permuted is None:
+            return self.notes
+        kept = f"{self.permuted['kept_before']:.4f} to {self.permuted['kept']:.4f}"
+        others = ", ".join(self.permuted["with"])
+        said = f"permuted with {others}: kept saliency {kept}, {self.permuted['seconds']:.1f} s"
+        return [*self.notes, said]
 
 
 @dataclass
@@ -112,7 +126,7 @@ class Report:
             ).rstrip()
             for cells in table
         ]
-        lines += [f"  {row.name}: {note}" for row in self.rows for note in row.notes]
+        lines += [f"  {row.name}: {note}" for row in self.rows for note in row.remarks]
         lines += [f"  left dense: {name} ({reason})" for name, reason in self.skipped.items()]
         total = (
             f"{self.recipe.get('method', '')}: {len(self.rows)} sites, {self.sparsity:.2%} zeros, {self.seconds:.1f} s"

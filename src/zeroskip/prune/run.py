@@ -43,6 +43,7 @@ def prune(
     values: str | None = None,
     group_size: int | None = None,
     rotate: bool = False,
+    permute: bool = False,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = ("lm_head",),
     journal: str | os.PathLike[str] | None = None,
@@ -88,6 +89,9 @@ def prune(
     rotate : bool
         Turn the values of attention heads first, so that pruning their outputs loses less; the function stays the
         same. For patterns shared by rows, such as 8:16@64: see `zeroskip.prune.rotate`.
+    permute : bool
+        Put channels into an order in which N:M patterns, strips and blocks keep more, where the function stays the
+        same: see `zeroskip.permute`.
     include, exclude : patterns, optional
         Globs on site names, "re:..." for regular expressions: see `zeroskip.model.find_sites`. Sites outside the
         blocks are pruned only where `include` names them.
@@ -132,6 +136,7 @@ def prune(
         "values": values,
         "group_size": group_size,
         "rotate": rotate,
+        "permute": permute,
         "budget": budget,
         "target": target,
     }

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from zeroskip.calibrate import Batch, Block, Journal, Replay, Teacher, collect, 
 from zeroskip.calibrate.blocks import alone
 from zeroskip.calibrate.journal import generator
 from zeroskip.model import Site
+from zeroskip.permute import Permuter
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.report import Report, Row
 from zeroskip.prune.rotate import rotate
@@ -61,6 +63,7 @@ class Walk:
     ) -> None:
         self.model, self.plan, self.found, self.report = model, plan, found, report
         self.journal, self.progress, self.stream = journal, progress, stream
+        self.permuter = Permuter() if plan.recipe["permute"] else None
 
     def plainly(self) -> None:
         """Prune without running blocks."""
@@ -90,12 +93,16 @@ class Walk:
             if teacher is not None:
                 teacher.learn(block)
             inside = sites_of(block, sites)
+            if self.permuter is not None and inside:
+                self.permuter.look(block, *replay.call_of(block, 0), self._draw(block))
             if not self._resumed(index, inside):
                 self._own(block, inside)
                 notes = self._rotated(replay, block, inside)
-                rows = self._pruned(inside, self._collected(replay, block, inside))
+                seen, permuted = self._permuted(replay, block, self._collected(replay, block, inside))
+                rows = self._pruned(inside, seen)
                 for row in rows:
                     row.notes += notes.get(row.name, [])
+                    row.permuted = permuted.get(row.name)
                 if teacher is not None and rows:
                     rows[0].notes += self._taught(replay, block, inside, teacher)
                 self._finish(index, block, inside, rows)
@@ -135,6 +142,15 @@ class Walk:
         patterns = {site.name: self.plan.settings[site.name].pattern for site in sites}
         return rotate(replay, block, sites, patterns)
 
+    def _permuted(self, replay: Replay, block: Block, seen: Seen) -> tuple[Seen, dict[str, dict[str, Any]]]:
+        if self.permuter is None or not seen:
+            return seen, {}
+        args, kwargs = replay.call_of(block, 0)
+        return self.permuter.permute(block, args, kwargs, self.plan.settings, seen, self._draw(block))
+
+    def _draw(self, block: Block) -> torch.Generator:
+        return generator(self.plan.seed, block.name, torch.device("cpu"))
+
     def _collected(self, replay: Replay, block: Block, sites: list[Site]) -> Seen:
         if not sites:
             return {}
@@ -155,7 +171,7 @@ class Walk:
 
     def _taught(self, replay: Replay, block: Block, sites: list[Site], teacher: Teacher) -> list[str]:
         """Let the block solvers work on a pruned block."""
-        draw = generator(self.plan.seed, block.name, torch.device("cpu"))
+        draw = self._draw(block)
         lessons = [partial(teacher.lesson, block, index) for index in range(len(replay.batches))]
         found = self.plan.block_solvers(sites)
         return [note for solver, theirs in found for note in solver.refine(block, theirs, lessons, draw)]

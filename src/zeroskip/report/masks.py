@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zeroskip.errors import ZeroskipError
-from zeroskip.model import Site
+from zeroskip.model import every_site
 from zeroskip.prune.report import Row
 from zeroskip.report.places import place
 
@@ -38,15 +37,12 @@ def masks(model: nn.Module, rows: Sequence[Row]) -> list[Mask]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(place(row.name)[1], []).append(row)
-    modules = dict(model.named_modules())
+    sites = {site.name: site for site in every_site(model)}
     found = []
     for alike in list(kinds.values())[:SHOWN]:
         row = alike[len(alike) // 2]
-        try:
-            weight = Site(row.name, modules[row.name]).weight()[0]
-        except (KeyError, ZeroskipError):
-            continue
-        found.append(_mask(row.name, weight != 0))
+        if row.name in sites:
+            found.append(_mask(row.name, sites[row.name].weight()[0] != 0))
     return found
 
 
