@@ -263,7 +263,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"sparsity": 0.5}, "without a pattern it gains nothing"),
+        ({"sparsity": 0.5}, "without such a pattern it gains nothing"),
         ({"pattern": "2:4", "method": "synflow"}, "leave one out"),
         ({"pattern": "2:4", "permute": "yes"}, "give true or false"),
         ({"pattern": "2:4", "method": "magnitude", "calibration": None}, "permute needs a method that uses"),
