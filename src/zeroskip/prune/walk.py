@@ -26,6 +26,7 @@ __all__ = ["UNSEEN", "Walk", "replay_of"]
 log = logging.getLogger(__name__)
 
 UNSEEN = "saw no calibration token"
+STATISTICS = 128  # batches, where block solvers follow: those see every batch, and make up for what these do not show
 
 Seen = Mapping[str, tuple[int, dict[str, Tensor]]]
 """{site: (tokens, {statistic: [groups, ...]})}"""
@@ -155,7 +156,7 @@ class Walk:
         if not sites:
             return {}
         needs = {site.name: self.plan.settings[site.name].composition.needs for site in sites}
-        seen = collect(replay, block, sites, needs)
+        seen = collect(replay, block, sites, needs, most=STATISTICS if self.plan.block_solvers(sites) else None)
         return {name: (tokens, stats | self.found.get(name, {})) for name, (tokens, stats) in seen.items()}
 
     def _pruned(self, sites: list[Site], seen: Seen) -> list[Row]:
