@@ -3,8 +3,8 @@
     python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
-again. "permute:METHOD" permutes channels first. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not scored, fp32.
-Calibration: the first 64 windows of 256 tokens of the calibration text.
+again. "permute:METHOD" permutes channels first. Perplexity as the data's README defines it: windows of 256 tokens, the
+first of a window not scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
 """
 
 from __future__ import annotations

@@ -92,7 +92,11 @@ class Result:
         }
 
     def __str__(self) -> str:
-        lines = [f"machine: {self.machine}", f"sparse: {self.pattern} by {self.method} after rotation, seed {self.seed}", ""]
+        lines = [
+            f"machine: {self.machine}",
+            f"sparse: {self.pattern} by {self.method} after rotation, seed {self.seed}",
+            "",
+        ]
         head = ["model", "disk", "memory", "linear layers", "recall@1", "recall@10"]
         quality = {"dense fp32": self.dense, "ours, sparse": self.sparse}
         lines += table(head, [_size_row(size, quality.get(size.model)) for size in self.sizes])
