@@ -49,9 +49,9 @@ def shorter(race):
 
 def shorten_races(monkeypatch) -> None:
     """Let compilation time little, for tests where it does not matter what wins."""
-    from zeroskip.planning import break_even, measure, whole
+    from zeroskip.planning import break_even, measure, siblings, whole
 
-    for module in (break_even, measure, whole):
+    for module in (break_even, measure, siblings, whole):
         monkeypatch.setattr(module, "race", shorter(module.race))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroskip.bench.timer import Race
-from zeroskip.planning import break_even, measure, whole
+from zeroskip.planning import break_even, measure, siblings, whole
 
 Rule = Callable[[str], float]
 
@@ -27,7 +27,7 @@ def inject(monkeypatch: pytest.MonkeyPatch, site: Rule, model: Mapping[str, floa
         rule = site if model is None or "compiled" not in runners else model.__getitem__
         return Race({name: [rule(name)] * 5 for name in runners}, rounds=5)
 
-    for module in (measure, whole, break_even):
+    for module in (measure, whole, break_even, siblings):
         monkeypatch.setattr(module, "race", race)
     return held
 

@@ -26,6 +26,7 @@ from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
 from zeroskip.planning.planner import Planner, check_weights, plannable
 from zeroskip.planning.recurrent import settle
 from zeroskip.planning.shaped import Example, examples_of
+from zeroskip.planning.siblings import join
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.verdict import Verdict
 from zeroskip.planning.zeros import find_zeros
@@ -145,13 +146,14 @@ def _run(
         if (unrest := planner.unrest()) is not None:
             plan.notes.append(unrest)
             log.warning("%s", unrest)
+        plan.fused = verdict.fused()
         check = verdict.after()
     except BaseException:
         verdict.put_back()
         raise
     plan.checks.append(check)
     if check.outcome == "put back":
-        plan.sites = [_stayed(choice, check) for choice in plan.sites]
+        plan.sites, plan.fused = [_stayed(choice, check) for choice in plan.sites], []
         log.warning("%s", check)
 
 
@@ -174,6 +176,7 @@ def _apply(model: nn.Module, given: Plan) -> None:
             choices[site.name].sparsity = find_zeros(weights_of(site)[0]).sparsity
         _note_bytes([choices[site.name] for site in group], group, module)
         put_in(model, group[0].module, module)
+    join(model, plan.fused)
     object.__setattr__(model, "zeroskip_plan", plan)
     attach(model)
 

@@ -117,7 +117,16 @@ def _renamed(plan: Any, names: dict[str, str]) -> Any:
     if not isinstance(plan, dict) or not isinstance(plan.get("sites"), list):
         return plan
     rows = [{**row, "name": names.get(row["name"], row["name"])} if _has_name(row) else row for row in plan["sites"]]
+    fused = plan.get("fused")
+    if isinstance(fused, list):
+        groups = [{**group, "names": [names.get(n, n) for n in group["names"]]} for group in fused if _has_names(group)]
+        plan = {**plan, "fused": groups}
     return {**plan, "sites": rows}
+
+
+def _has_names(group: Any) -> bool:
+    listed = group.get("names") if isinstance(group, dict) else None
+    return isinstance(listed, list) and all(isinstance(name, str) for name in listed)
 
 
 def _has_name(row: Any) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import activation_code, call
+from zeroskip.ops import activation_code, call, call_many
 
-__all__ = ["PackedLinear"]
+__all__ = ["PackedLinear", "Siblings"]
 
 
 class PackedLinear(nn.Module):
@@ -25,7 +28,14 @@ class PackedLinear(nn.Module):
         Whether there is a bias [m].
     activation
         None or a name of `zeroskip.ops.ACTIVATIONS`, fused into the kernel.
+
+    Attributes
+    ----------
+    siblings : Siblings or None
+        Layers that are fed the same tensor and are computed in one call with this one.
     """
+
+    siblings: Siblings | None = None
 
     def __init__(
         self, in_features: int, out_features: int, nbytes: int, bias: bool = False, activation: str | None = None
@@ -54,6 +64,9 @@ class PackedLinear(nn.Module):
         return Packed.from_blob(self.weight.data)
 
     def forward(self, x: Tensor) -> Tensor:
+        siblings = self.siblings
+        if siblings is not None and not torch.compiler.is_compiling():
+            return siblings.forward(self, x)
         own = self._parameters  # self.weight and self.bias would take nn.Module a microsecond to find
         y: Tensor = call(x, own["weight"], own["bias"], self.out_features, self._act)
         return y
@@ -61,3 +74,57 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return shape + (f", activation={self.activation}" if self.activation else "")
+
+
+class Siblings:
+    """Packed layers that a model feeds the same tensor (queries, keys, values), all computed when the first is called.
+
+    The others then find their result: for the very tensor that the first one got, once. With any other tensor each
+    computes its own, so nothing depends on the model's keeping to what was traced. Weights stay where they are, each
+    layer's its own; under torch.compile the layers are computed apart.
+
+    Parameters
+    ----------
+    layers : sequence of PackedLinear
+        In the order of their calls.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        self.layers = tuple(layers)
+        # One tuple, replaced as a whole: threads that run the model at once find their own tensor in it or compute.
+        self._last: tuple[Tensor, list[Tensor]] | None = None
+
+    def join(self) -> None:
+        """Let the layers be computed together from now on."""
+        for layer in self.layers:
+            layer.siblings = self
+
+    def part(self) -> None:
+        """Let each layer be computed by itself again."""
+        for layer in self.layers:
+            layer.siblings = None
+
+    def forward(self, layer: PackedLinear, x: Tensor) -> Tensor:
+        """Return the output of one of the layers for x [..., k]."""
+        if layer is self.layers[0]:
+            outputs = call_many(x, [_part(each) for each in self.layers])
+            self._last = (x, outputs)
+            return outputs[0]
+        last = self._last
+        if last is not None and last[0] is x:
+            place = self.layers.index(layer)
+            if place == len(self.layers) - 1:
+                self._last = None  # nothing of the activations is kept
+            return last[1][place]
+        return call_many(x, [_part(layer)])[0]
+
+    def __getstate__(self) -> dict[str, tuple[PackedLinear, ...]]:
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, tuple[PackedLinear, ...]]) -> None:
+        self.layers, self._last = state["layers"], None
+
+
+def _part(layer: PackedLinear) -> tuple[Tensor, Tensor | None, int, int]:
+    own = layer._parameters
+    return cast(Tensor, own["weight"]), own["bias"], layer.out_features, layer._act

@@ -12,7 +12,7 @@ from zeroskip import _core
 from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.formats.base import Packed
 
-__all__ = ["ACTIVATIONS", "activation_code", "call", "kernels", "linear", "run", "tune"]
+__all__ = ["ACTIVATIONS", "activation_code", "call", "call_many", "kernels", "linear", "run", "tune"]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,6 +66,40 @@ def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel
     except ValueError as error:
         raise ZeroskipError(str(error)) from None
     return y
+
+
+Part = tuple[Tensor, Tensor | None, int, int]  # blob, bias, m, act
+
+
+def call_many(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """Return what `call` returns for each part, with what concerns `x` done once and no dispatcher between.
+
+    For eager calls: nothing that traces sees them. What is out of the ordinary takes the ordinary way.
+    """
+    kind, shape = _TYPES.get(x.dtype), x.shape
+    if type(x) is not Tensor or kind is None or not x.is_cpu or not x.is_contiguous() or not x.numel():
+        return [call(x, *part) for part in parts]
+    k = shape[-1]
+    at, tokens, threads = x.data_ptr(), x.numel() // k, 1 if _forked else torch.get_num_threads()
+    out: list[Tensor] = []
+    for part in parts:
+        blob, bias, m, act = part
+        address, where = 0, blob.data_ptr()
+        if bias is not None:
+            plain = bias.dtype is torch.float32 and bias.is_contiguous() and bias.shape == (m,)
+            address = bias.data_ptr() if plain else -1
+        if address < 0 or where % 64 or blob.dtype is not torch.int8 or not blob.is_contiguous():
+            out.append(call(x, *part))
+            continue
+        y = x.new_empty((*shape[:-1], m))
+        try:
+            _core.linear(
+                at, kind, tokens, k, where, blob.numel(), address, act, y.data_ptr(), m, threads, None
+            )  # fmt: skip
+        except ValueError as error:
+            raise ZeroskipError(str(error)) from None
+        out.append(y)
+    return out
 
 
 def _linear_fake(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int) -> Tensor:

@@ -22,6 +22,7 @@ from zeroskip.nn import PackedLinear
 from zeroskip.planning.candidates import pack_as
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
+from zeroskip.planning.siblings import join
 from zeroskip.recurrent_layers import SplitRecurrent, products
 from zeroskip.sites import ConvAdapter
 from zeroskip.sites.conv import Conv
@@ -158,6 +159,8 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
             dense.weight = nn.Parameter(_reread(files, name, weight, dtype), requires_grad=False)
             if isinstance(layer.bias, Tensor):
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        if isinstance(layer, PackedLinear) and layer.siblings is not None:
+            layer.siblings.part()
         dense.train(layer.training)
         if isinstance(layer, PackedLinear) and layer.packed.scales is not None:  # so that the same codes can come again
             dense.__dict__["zeroskip_scales"] = layer.packed.scales.unsqueeze(0)
@@ -206,6 +209,8 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
             put_in(model, layer, in_channels_last(layer))
         elif isinstance(layer, nn.Linear) and not choice.is_packed:
             _set_up_dense(model, layer, choice, max(plan.tokens.counts), at_home=not changes)
+    if not changes:
+        join(model, plan.fused)
 
 
 def _set_up_dense(model: nn.Module, layer: nn.Linear, choice: SitePlan, tokens: int, at_home: bool) -> None:

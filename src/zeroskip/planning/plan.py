@@ -15,7 +15,7 @@ from zeroskip.formats import names
 from zeroskip.planning.machine import Machine
 from zeroskip.planning.tokens import Tokens
 
-__all__ = ["ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
+__all__ = ["Fused", "ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
 
 VERSION = 1
 Buckets = list[tuple[int | None, str]]
@@ -138,6 +138,26 @@ class ModelCheck:
 
 
 @dataclass
+class Fused:
+    """Packed layers that are fed the same tensor and computed in one call.
+
+    Attributes
+    ----------
+    names : list of str
+        The sites, in the order of their calls.
+    ratios : {tokens: ratio}
+        How much faster than one after the other, as measured on groups of this kind.
+    """
+
+    names: list[str]
+    ratios: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Fused:
+        return cls([str(name) for name in data["names"]], _by_tokens(data["ratios"]))
+
+
+@dataclass
 class Plan:
     """What was measured and chosen; `str(plan)` is a table.
 
@@ -154,6 +174,8 @@ class Plan:
         The whole model against its dense self.
     notes : list of str
         Layers that were left alone and why, kernels that failed the oracle, anything else worth knowing.
+    fused : list of Fused
+        Groups of packed sites that are computed in one call.
     """
 
     machine: Machine
@@ -162,6 +184,7 @@ class Plan:
     sites: list[SitePlan] = field(default_factory=list)
     checks: list[ModelCheck] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fused: list[Fused] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -181,6 +204,7 @@ class Plan:
             "sites": [plain(asdict(site)) for site in self.sites],
             "checks": [plain(asdict(check)) for check in self.checks],
             "notes": list(self.notes),
+            "fused": [plain(asdict(group)) for group in self.fused],
         }
 
     @classmethod
@@ -202,7 +226,8 @@ class Plan:
             sites = [SitePlan.from_dict(site) for site in data["sites"]]
             checks = [ModelCheck.from_dict(check) for check in data["checks"]]
             machine = Machine.from_dict(data["machine"])
-            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]))
+            fused = [Fused.from_dict(group) for group in data.get("fused", [])]
+            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]), fused)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 

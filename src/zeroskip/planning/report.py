@@ -38,6 +38,12 @@ def plan_table(plan: Plan) -> str:
             f"{packed} of {len(plan.sites)} sites packed; weights {human_bytes(before)} -> {human_bytes(after)} "
             f"({after / max(before, 1):.0%})"
         )
+        if plan.fused:
+            gains = [ratio for group in plan.fused for ratio in group.ratios.values()]
+            lines.append(
+                f"{len(plan.fused)} groups of layers that read the same tensor are computed together: "
+                f"{min(gains):.2f} to {max(gains):.2f}x as fast as apart"
+            )
         lines.append("x at T: times as fast as the fastest dense candidate at T tokens, measured site by site")
     lines += [_wrap(str(check), 2) for check in plan.checks]
     lines += [_wrap(f"note: {note}", 2) for note in plan.notes]

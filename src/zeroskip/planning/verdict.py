@@ -11,7 +11,8 @@ from torch import nn
 from zeroskip.bench.timer import Race, Ratio
 from zeroskip.planning.install import put_all, thaw
 from zeroskip.planning.machine import available_memory_bytes
-from zeroskip.planning.plan import ModelCheck
+from zeroskip.planning.plan import Fused, ModelCheck
+from zeroskip.planning.siblings import fuse
 from zeroskip.planning.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
 
 __all__ = ["Verdict"]
@@ -32,7 +33,7 @@ class Verdict:
     """
 
     def __init__(self, model: nn.Module, called: nn.Module, counts: tuple[int, ...], example_inputs: Any) -> None:
-        self.model = model
+        self.model, self.counts = model, counts
         self.mode = "eager" if called is model and model._compiled_call_impl is None else "compiled"
         with evaluating(model):
             self.calls: dict[int, Call] | str = model_calls(model, called, counts, example_inputs)
@@ -56,6 +57,18 @@ class Verdict:
         if isinstance(weight, torch.Tensor):
             self.dtypes[name] = weight.dtype
         self.swaps[name] = (old if self.keeps_both else None, new)
+
+    def fused(self) -> list[Fused]:
+        """Join the packed layers that read the same tensor, where that is faster; return the groups.
+
+        Not for a model under torch.compile, which computes them apart.
+        """
+        if isinstance(self.calls, str) or self.mode == "compiled" or not self.swaps:
+            return []
+        with evaluating(self.model):
+            if self._failure(self.calls) is not None:  # `after` will say so
+                return []
+            return fuse(self.model, min(self.calls.items())[1], self.counts)
 
     def after(self) -> ModelCheck:
         """Compare, and put the model back if it is slower."""

@@ -22,6 +22,7 @@ from zeroskip.dense_layers import DenseLinear, OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import put_all
+from zeroskip.planning.siblings import part
 from zeroskip.sites.linear import Conv1DAdapter
 
 __all__ = ["OneKernel", "RowByRow", "make_invariant"]
@@ -82,6 +83,7 @@ def make_invariant(model: nn.Module, concurrency: int) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2:
             raise ZeroskipError(f"{name} has {parameter.dim()} dimensions: batch_invariant serves linear layers only")
+    part(model)
     counts: Counter[str] = Counter()
     own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     pairs: list[tuple[nn.Module, nn.Module]] = []
