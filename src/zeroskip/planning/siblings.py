@@ -51,6 +51,8 @@ def find_siblings(model: nn.Module, call: Call) -> list[list[str]]:
 
     def note(name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         counts[name] = counts.get(name, 0) + 1
+        if not arguments:  # called with keywords
+            return
         x = arguments[0]
         if id(x) not in seen:
             seen[id(x)] = (x, x.clone(), [name])
