@@ -89,6 +89,15 @@ def test_maskllm(tmp_path, name, packed):
     assert bits_alike(got["2.weight"], masked(model[2].weight, masks["2.weight.mask"]))
 
 
+def test_a_mask_of_nothing_is_refused_and_a_buffer_called_mask_is_none(tmp_path):
+    folder = directory(tmp_path / "a", {"attn.weight": torch.ones(4, 4), "attn.mask": torch.ones(2, 2)})
+    got = converted(folder)
+    assert sorted(got) == ["attn.mask", "attn.weight"]
+    save_file({"atn.weight.mask": torch.ones(4, 4)}, tmp_path / "masks.safetensors")
+    with pytest.raises(ZeroskipError, match=r"atn.weight.mask: is no mask of a tensor of .*did you mean 'attn.weight'"):
+        convert(folder, tmp_path / "b", masks=tmp_path / "masks.safetensors")
+
+
 def test_packed_bits_go_from_the_highest():
     from zeroskip.convert.bits import pack_bits, unpack_bits
 

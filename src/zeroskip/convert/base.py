@@ -38,6 +38,8 @@ class Stored:
         Where each tensor came from, for messages.
     scales : dict of str to Tensor
         By site: [1, out, ceil(in / group_size)], for weights that are integers times these.
+    masks : set of str
+        The tensors that came from files of masks.
     sparse : set of str
         The tensors that came out of a sparse format or a mask.
     notes : list of str
@@ -49,6 +51,7 @@ class Stored:
     tensors: dict[str, Later]
     files: dict[str, Path]
     scales: dict[str, Tensor] = field(default_factory=dict)
+    masks: set[str] = field(default_factory=set)
     sparse: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 

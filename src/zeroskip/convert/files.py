@@ -54,7 +54,9 @@ def add_masks(stored: Stored, path: Path) -> None:
     """Add the masks of a file: .npz, .safetensors, or what torch.save wrote."""
     if not path.is_file():
         raise ZeroskipError(f"{path}: no such file of masks")
+    known = set(stored.tensors)
     _add(stored, path)
+    stored.masks |= stored.tensors.keys() - known
 
 
 def _add(stored: Stored, file: Path) -> None:

@@ -20,11 +20,11 @@ class MaskLLM(Format):
 
     def read(self, stored: Stored) -> int:
         pairs: list[tuple[str, str]] = []
-        for source in stored.tensors:
+        for source in (name for name in stored.tensors if name.endswith(MASK)):
             stem = source.removesuffix(MASK)
-            name = next((name for name in (stem, f"{stem}.weight") if name in stored.tensors), None)
-            if source.endswith(MASK) and name is not None:
-                pairs.append((source, name))
+            # A model may have a buffer called mask; only in a file of masks does it mean the weight beside it.
+            names = (stem, f"{stem}.weight") if source in stored.masks else (stem,)
+            pairs += [(source, name) for name in names if name in stored.tensors][:1]
         for source, name in pairs:
             mask, weight = stored.take(source), stored.take(name)
             apply_mask(stored, name, weight, mask, source)

@@ -165,6 +165,9 @@ def _undone(stored: Stored) -> dict[str, int]:
     for name in stored.tensors:
         if name.rpartition(".")[2] in ENDINGS:
             raise stored.bad(name, "is left over: no format that is read here has it")
+    for name in sorted(stored.masks & stored.tensors.keys()):
+        near = suggest(name.removesuffix(".mask"), stored.tensors.keys() - stored.masks)
+        raise stored.bad(name, f"is no mask of a tensor of {stored.path}{near}")
     spare = [name for name in stored.tensors if name.rpartition(".")[2] in ACTIVATIONS] if section or found else []
     for name in spare:
         stored.take(name)
