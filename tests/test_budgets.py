@@ -260,6 +260,10 @@ def test_milliseconds_are_met_by_the_clock_that_measured_them(monkeypatch, budge
     assert taken(model, names) >= 0.55 * dense * (0.95 if pattern == "unstructured" else 0.88)
     assert {call[1:] for call in calls} == {(32, "bf16", 2)} and torch.get_num_threads() == before
     assert len({call[0] for call in calls}) == 4 and len(calls) <= 4 * 7  # once for each shape and share
+    account = report.budget
+    assert account["unit"] == "ms" and account["dense"] == pytest.approx(dense)
+    assert account["reached"] == pytest.approx(taken(model, names), rel=2e-3) and account["reached"] <= account["asked"]
+    assert f"budget {budget}: " in str(report)
     if budget == "global":  # no zeros where they gain nothing
         assert all(report.recipe["allocation"][n] in (0, "dense") for n in names if "k_proj" in n or "v_proj" in n)
 
@@ -344,7 +348,9 @@ def test_any_sizes_and_shares_add_up(shapes, share, name):
         with pytest.raises(ZeroskipError, match="out of reach"):
             solve(budget, target, target.cost(), items, [])
         return
-    counts = solve(budget, target, target.cost(), items, [])
+    outcome = solve(budget, target, target.cost(), items, [])
+    counts = outcome.zeros
+    assert outcome.reached == pytest.approx(total - wanted) and outcome.dense == total
     assert sum(counts) == wanted
     assert all(0 <= count < each.numel for count, each in zip(counts, items, strict=True))
 

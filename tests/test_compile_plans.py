@@ -16,10 +16,10 @@ import zeroskip as zs
 from zeroskip.compile import compile
 from zeroskip.dense_layers import DenseLinear
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import find_sites
+from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.planning import verdict
-from zeroskip.planning.install import apply_tuning
+from zeroskip.planning.install import apply_tuning, build
 from zeroskip.planning.plan import plan_of
 from zeroskip.planning.planner import Planner
 from zeroskip.planning.tokens import Tokens
@@ -223,3 +223,24 @@ def test_a_model_compiled_in_place_is_compared_under_torch_compile(monkeypatch: 
     net.compile(backend="eager")
     compile(net, tokens=(1,), example_inputs=X)
     assert (plan_of(net).checks[0].mode, plan_of(net).checks[0].outcome) == ("compiled", "put back")
+
+
+def test_zeros_that_are_alike_in_number_may_need_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix whose scattered zeros happen to leave strips without a column, beside one that has no such strip."""
+    inject(monkeypatch, SPARSE)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(64, 128, bias=False))
+    for layer, one in zip(model, (0, 1), strict=True):
+        keep = torch.rand(128, 64) > 0.5
+        keep[:, ::8] = False  # one input of eight is left out by every row
+        if one:  # as many zeros, but every strip of 16 rows uses every input
+            keep[::16, ::8] = True
+            taken = keep[:, 2::8].nonzero()[:64]
+            keep[taken[:, 0], 2 + 8 * taken[:, 1]] = False
+        layer.weight.data *= keep
+    sites = [Site(str(i), layer) for i, layer in enumerate(model)]
+    planner = Planner(Tokens((4,)), None, 0, 0.1)
+    notes: list[str] = []
+    first, second = (planner.plan(site, notes) for site in sites)
+    assert first.format == "strip_nm" and second.format != "strip_nm"
+    assert [type(build(plan, site, 4)).__name__ for plan, site in zip((first, second), sites, strict=True)]

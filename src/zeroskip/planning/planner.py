@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.formats import get
 from zeroskip.model import Site, every_site, select_sites
 from zeroskip.planning.candidates import NAMES, allowed_values
 from zeroskip.planning.choose import Choice, choose
@@ -57,7 +58,9 @@ class Planner:
         key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
         key += () if example is None else key_of(site, example)
         for nnz, known in self._known.setdefault(key, []):
-            if abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
+            # Zeros that are alike in number may still not all fit a format that needs a pattern.
+            fits = not known.is_packed or get(known.format).accepts(weight) is None
+            if fits and abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
                 return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
         log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
         measured = self.measure(site, weight, bias, example)

@@ -27,8 +27,8 @@ Allocation = dict[str, float | str]
 
 def allocate(
     model: nn.Module, plan: Plan, budget: Budget, target: Target, batches: list[Batch], found: Mapping[str, Any]
-) -> Allocation:
-    """Return how the budget shares out the zeros among `plan.free`.
+) -> tuple[Allocation, dict[str, Any]]:
+    """Return how the budget shares out the zeros among `plan.free`, and the account of it for the report.
 
     Parameters
     ----------
@@ -59,17 +59,19 @@ def allocate(
     unseen = [item for item in free if budget.needs(item.settings.composition.method) and not item.stats]
     if unseen:
         log.warning("%d layers, such as %s, saw no token and get no zeros", len(unseen), unseen[0].site.name)
-    zeros = solve(budget, target, cost, [item for item in free if item not in unseen], fixed)
+    outcome = solve(budget, target, cost, [item for item in free if item not in unseen], fixed)
     made: Allocation = {item.site.name: "dense" for item in unseen}
-    for item, count in zip((item for item in free if item not in unseen), zeros, strict=True):
+    for item, count in zip((item for item in free if item not in unseen), outcome.zeros, strict=True):
         pattern = item.settings.pattern
         if not isinstance(pattern, NM):
             made[item.site.name] = count / item.numel
             continue
         kept = pattern.of - round(count * pattern.of / item.numel)
         made[item.site.name] = "dense" if kept == pattern.of else _fewer(pattern, kept).name
-    log.info("%s", made)
-    return {name: made[name] for name in plan.free}
+    account: dict[str, Any] = {"name": budget.name, "unit": "params" if target.unit == "sparsity" else target.unit}
+    account |= {"dense": outcome.dense, "asked": outcome.asked, "reached": outcome.reached}
+    log.info("%s %s", account, made)
+    return {name: made[name] for name in plan.free}, account
 
 
 def allocated(plan: Plan, allocation: Any) -> Plan:

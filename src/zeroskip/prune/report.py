@@ -78,6 +78,9 @@ class Report:
         {"about": which text, "before", "after": `Perplexity.to_dict()`}, or {"problem": why not}.
     speed : dict, optional
         {"advice": one sentence, "gains": {tokens: ratio}, "machine": text}, of `zeroskip.analyze`.
+    budget : dict, optional
+        {"name", "unit", "dense", "asked", "reached"}: what a budget had to reach, and the total over all layers before
+        and after, counted or predicted from what was measured. None where the recipe has the allocation.
     """
 
     recipe: dict[str, Any]
@@ -86,6 +89,7 @@ class Report:
     seconds: float = 0.0
     quality: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    budget: dict[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -101,7 +105,7 @@ class Report:
     def from_dict(data: dict[str, Any]) -> Report:
         """Read what `to_dict` wrote."""
         rows = [Row(**row) for row in data["rows"]]
-        more = {name: data.get(name) for name in ("quality", "speed")}
+        more = {name: data.get(name) for name in ("quality", "speed", "budget")}
         return Report(data["recipe"], rows, data["skipped"], data["seconds"], **more)
 
     def html(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
@@ -134,8 +138,12 @@ class Report:
         return "\n".join([*lines, total, *self.findings()])
 
     def findings(self) -> list[str]:
-        """Return a line on perplexity and one on speed, as far as they were measured."""
+        """Return a line each on the budget, perplexity and speed, as far as there is something to say."""
         lines = []
+        if self.budget is not None:
+            dense, asked, reached = (f"{self.budget[key]:.6g}" for key in ("dense", "asked", "reached"))
+            unit = self.budget["unit"]
+            lines.append(f"budget {self.budget['name']}: {reached} {unit} of {dense} dense, {asked} asked")
         if self.quality is not None:
             lines.append(f"perplexity {_change(self.quality)}")
         if self.speed is not None:

@@ -162,9 +162,10 @@ def prune(
         batches = read_batches(model, calibration, one_logit)
     with _evaluating(model):
         book = Journal(journal, model, plan.recipe, batches) if journal is not None else None
+        account = None
         if plan.free:
-            plan = _shared_out(model, plan, asked, batches, loss, book)
-        report = Report(plan.recipe, skipped=plan.skipped)
+            plan, account = _shared_out(model, plan, asked, batches, loss, book)
+        report = Report(plan.recipe, skipped=plan.skipped, budget=account)
         walk = Walk(model, plan, plan.survey(model, batches, loss), report, book, progress, stream)
         if plan.needs_data:
             walk.calibrated(batches)
@@ -181,18 +182,22 @@ def prune(
 
 def _shared_out(
     model: nn.Module, plan: Plan, asked: Recipe, batches: list[Batch], loss: Loss | None, book: Journal | None
-) -> Plan:
-    """Return the plan with the zeros that its budget gives each layer; a resumed run keeps what was decided."""
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Return the plan with the zeros that its budget gives each layer, and the account of that, where it was decided.
+
+    A resumed run keeps what was decided.
+    """
     budget, target = cast(Budget, asked.budget), cast(Target, asked.target)
 
-    def decide() -> Allocation:
+    def decide() -> tuple[Allocation, dict[str, Any]]:
         found = plan.survey(model, batches, loss) if budget.reads_scores else {}
         return allocate(model, plan, budget, target, batches, found)
 
     allocation = plan.recipe.get("allocation")
+    account = None
     if allocation is None:
-        allocation = decide() if book is None else book.once("allocation", decide)
-    return allocated(plan, allocation)
+        allocation, account = decide() if book is None else book.once("allocation", decide)
+    return allocated(plan, allocation), account
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def render(report: Report, model: nn.Module | None = None) -> str:
     found = grid(report.rows)
     return rooms.get_template("page.html.jinja").render(
         report=report,
-        recipe={name: value for name, value in report.recipe.items() if value is not None},
+        recipe={name: value for name, value in report.recipe.items() if value is not None and name != "allocation"},
         grid=found,
         chart=error_chart(found),
         masks=[] if model is None else masks(model, report.rows),

@@ -9,7 +9,7 @@ from zeroskip.prune.budgets.by_score import ByScore  # isort: skip
 from zeroskip.prune.budgets.times import Milliseconds  # isort: skip
 from zeroskip.prune.budgets.base import Budget, Item, budgets
 from zeroskip.prune.budgets.costs import Bytes, Cost, Flops, Params
-from zeroskip.prune.budgets.solve import solve
+from zeroskip.prune.budgets.solve import Outcome, solve
 from zeroskip.prune.budgets.target import Target
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Flops",
     "Item",
     "Milliseconds",
+    "Outcome",
     "Owl",
     "Params",
     "Target",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,14 +12,33 @@ from zeroskip.prune.budgets.base import Budget, Item
 from zeroskip.prune.budgets.costs import Cost, Params
 from zeroskip.prune.budgets.target import Target
 
-__all__ = ["solve"]
+__all__ = ["Outcome", "solve"]
 
 STEPS = 80  # of a bisection: further than doubles can tell apart
 SLACK = 1e-9
 
 
-def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixed: Sequence[Item]) -> list[int]:
-    """Return how many zeros each of the `free` layers gets.
+@dataclass(frozen=True)
+class Outcome:
+    """What a budget decided.
+
+    Attributes
+    ----------
+    zeros : list of int
+        Of each free layer.
+    dense, asked, reached : float
+        The total cost of all layers without zeros, the one that was asked for, and the one with these zeros, in the
+        unit of the target (weights, where it is a sparsity).
+    """
+
+    zeros: list[int]
+    dense: float
+    asked: float
+    reached: float
+
+
+def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixed: Sequence[Item]) -> Outcome:
+    """Decide how many zeros each of the `free` layers gets.
 
     The level at which the curves of the budget just meet the target is found by bisection; between it and the level
     just above the target, one layer after another is taken over, so the total misses the target by less than what one
@@ -47,6 +67,7 @@ def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixe
 
     rest = sum(float(cost.of(item, np.array([item.settings.sparsity]))[0]) for item in fixed)
     zeros_wanted = None
+    dense = price([0.0] * len(free)) + sum(float(cost.of(item, np.zeros(1))[0]) for item in fixed)
     if target.unit == "sparsity":
         total = sum(
             item.numel for item in (*free, *(item for item in fixed if item.settings.composition.method.chooses))
@@ -56,14 +77,13 @@ def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixe
         )
         wanted = float(sum(item.numel for item in free) - zeros_wanted)
     else:
-        dense = price([0.0] * len(free)) + sum(float(cost.of(item, np.zeros(1))[0]) for item in fixed)
         wanted = (target.amount * dense if target.relative else target.amount) - rest
         if isinstance(cost, Params):
             zeros_wanted = sum(item.numel for item in free) - int(np.floor(wanted + SLACK))
     slack = SLACK * max(1.0, abs(wanted))
     lowest, highest = price(at(1.0)), price(at(0.0))
-    reached = lowest <= wanted + slack if zeros_wanted is None else _within_reach(free, zeros_wanted, most)
-    if not reached:
+    possible = lowest <= wanted + slack if zeros_wanted is None else _within_reach(free, zeros_wanted, most)
+    if not possible:
         raise ZeroskipError(
             f"target: {target.unit} {_said(target)} is out of reach: with at most {most:g} zeros in a layer "
             f"{lowest + rest:.6g} is left, and {wanted + rest:.6g} is asked for"
@@ -78,8 +98,11 @@ def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixe
             low, high = (low, middle) if price(at(middle)) <= wanted + slack else (middle, high)
         shares = _between(free, at(low), at(high), cost, wanted + slack)
     if zeros_wanted is not None:
-        return _exactly(free, shares, zeros_wanted, least, most)
-    return _given_back(free, shares, cost, wanted + slack)
+        zeros = _exactly(free, shares, zeros_wanted, least, most)
+    else:
+        zeros = _given_back(free, shares, cost, wanted + slack)
+    reached = price([count / item.numel for count, item in zip(zeros, free, strict=True)])
+    return Outcome(zeros, dense, wanted + rest, reached + rest)
 
 
 def _given_back(free: Sequence[Item], shares: list[float], cost: Cost, wanted: float) -> list[int]:
