@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import fits, site_patterns
+from zeroskip.errors import ZeroskipError
+from zeroskip.model import site_patterns
 from zeroskip.prune.base import Method
 from zeroskip.prune.budgets import Budget, Target
 from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe_file import load_recipe
+from zeroskip.prune.rule import SETTINGS, Rule, check_entries, flag
 from zeroskip.prune.settings import Settings
 
-__all__ = ["DEFAULTS", "Recipe", "Rule"]
+__all__ = ["DEFAULTS", "Recipe"]
 
 DEFAULTS: dict[str, Any] = {
     "method": "wanda+ls",
@@ -37,72 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "budget": None,
     "target": None,
 }
-SETTINGS = ("method", "pattern", "sparsity", "values", "group_size")  # what a rule may change, besides "dense"
 ENTRIES = ("about", *DEFAULTS, "dense", "rules", "allocation")
-RULE_ENTRIES = ("include", "exclude", "optional", "dense", *SETTINGS)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Settings for some layers.
-
-    Attributes
-    ----------
-    include, exclude : tuple of str
-        As for `find_sites`; without `include` it fits every layer that `exclude` does not.
-    optional : bool
-        Whether it may fit no layer at all.
-    changes : dict
-        Some of {"dense", "method", "pattern", "sparsity", "values", "group_size"}.
-    where : str
-        "rule 2", for messages.
-    """
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    optional: bool
-    changes: dict[str, Any]
-    where: str
-
-    @staticmethod
-    def read(given: Any, where: str) -> Rule:
-        if not isinstance(given, Mapping):
-            raise ZeroskipError(
-                f"{where} is a {type(given).__name__}: give a map such as {{include: ..., dense: true}}"
-            )
-        _check_entries(given, RULE_ENTRIES, where)
-        include, exclude = (site_patterns(f"{where}: {key}", given.get(key)) for key in ("include", "exclude"))
-        if not include and not exclude:
-            raise ZeroskipError(f"{where} does not say for which layers: give include or exclude")
-        optional = _flag(given, "optional", where)
-        dense = _flag(given, "dense", where)
-        changes = {key: given[key] for key in SETTINGS if given.get(key) is not None}
-        if dense and changes:
-            raise ZeroskipError(
-                f"{where} leaves its layers dense, and gives them a {next(iter(changes))}: leave one out"
-            )
-        if "dense" in given:
-            changes["dense"] = dense
-        try:
-            Composition.parse(changes.get("method", DEFAULTS["method"]))
-            Pattern.parse(changes.get("pattern", DEFAULTS["pattern"]))
-        except ZeroskipError as error:
-            raise ZeroskipError(f"{where}: {error}") from None
-        if not changes:
-            raise ZeroskipError(f"{where} changes nothing: give one of {', '.join(('dense', *SETTINGS))}")
-        return Rule(include, exclude, optional, changes, where)
-
-    def fits(self, name: str) -> bool:
-        """Whether the rule is for a layer."""
-        wanted = not self.include or any(fits(pattern, name) for pattern in self.include)
-        return wanted and not any(fits(pattern, name) for pattern in self.exclude)
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """Its patterns without a wildcard, which reach layers that nothing else would."""
-        if self.changes.get("dense"):
-            return ()
-        return tuple(p for p in self.include if not p.startswith("re:") and not set(p) & set("*?["))
 
 
 @dataclass(frozen=True)
@@ -194,7 +130,7 @@ class Recipe:
         asked = {} if recipe is None else asked
         if not isinstance(asked, Mapping):
             raise ZeroskipError(f"recipe is a {type(asked).__name__}: give a map of entries, a file or a name")
-        _check_entries(asked, ENTRIES, "recipe")
+        check_entries(asked, ENTRIES, "recipe")
         values = dict(given)
         for key in DEFAULTS:
             if asked.get(key) is None and key not in ("include", "exclude"):
@@ -207,15 +143,15 @@ class Recipe:
             values[key] = None if values[key] is None else list(site_patterns(key, values[key]))
         if isinstance(values["seed"], bool) or not isinstance(values["seed"], int):
             raise ZeroskipError(f"seed is {values['seed']!r}: give an integer")
-        _flag(values, "rotate", "the recipe")
-        _flag(values, "permute", "the recipe")
+        flag(values, "rotate", "the recipe")
+        flag(values, "permute", "the recipe")
         if not isinstance(asked.get("about"), str | None):
             raise ZeroskipError(f"about is {asked['about']!r}: give a sentence")
         rules = asked.get("rules")
         if not isinstance(rules, list | tuple | None):
             raise ZeroskipError(f"rules is a {type(rules).__name__}: give a list of maps")
         share = _Share.read(values)
-        if _flag(asked, "dense", "recipe"):
+        if flag(asked, "dense", "recipe"):
             for key in (*SETTINGS, "budget", "target"):
                 if asked.get(key) is not None or given[key] != DEFAULTS[key]:
                     raise ZeroskipError(f"the recipe leaves all layers dense: leave {key} out")
@@ -300,16 +236,3 @@ def _drop_inherited(values: dict[str, Any], source: dict[str, int]) -> None:
     elif pattern.sparsity is not None and source.get("sparsity", source["pattern"]) < source["pattern"]:
         values["sparsity"] = None
         del source["sparsity"]
-
-
-def _check_entries(given: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise ZeroskipError(f"{where} has an unknown entry {key!r}" + suggest(str(key), known))
-
-
-def _flag(given: Mapping[str, Any], key: str, where: str) -> bool:
-    value = given.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ZeroskipError(f"{where}: {key} is {value!r}: give true or false")
-    return bool(value)
