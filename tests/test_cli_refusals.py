@@ -188,7 +188,11 @@ def test_a_full_disk_leaves_nothing_but_the_journal(encoder, text, tmp_path, mon
 
     from zeroskip.io import container
 
-    def full(*_):
+    whole = container._write_tensor
+
+    def full(file, tensor):
+        if ".partial/" in file.name and "0000" in file.name:  # finished blocks still fit
+            return whole(file, tensor)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

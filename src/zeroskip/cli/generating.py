@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,19 +119,45 @@ def generate(network: Any, tokenizer: Any, tokens: list[int], drawing: Drawing, 
     ids = torch.tensor([tokens])
     started = time.perf_counter()
     streamer, stopped = Shown(), False
+    asked = threading.Event()
+
+    def stop(made: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        return torch.full((len(made),), asked.is_set())
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _interrupt_sets(asked):
             network.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=room,
                 streamer=streamer,
                 pad_token_id=pad,
+                stopping_criteria=[stop],
                 **drawing.options(),
             )
+        stopped = asked.is_set()
     except KeyboardInterrupt:
         streamer.end()
         stopped = True
     seconds = time.perf_counter() - started
     return Spoken(streamer.text, max(streamer.made, 0), streamer.first, seconds, stopped)
+
+
+@contextmanager
+def _interrupt_sets(asked: threading.Event) -> Iterator[None]:
+    """Let the first Ctrl-C set the event and the next one raise: raised inside a callback it could get lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.getsignal(signal.SIGINT)
+
+    def note(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, old)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -11,11 +11,14 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -77,7 +80,8 @@ def command(name: str, example: str, group: typer.Typer = app) -> Callable[[Comm
             try:
                 if path is not None:
                     _check_writable(path)
-                function(*args, **kwargs)
+                with _interrupts_noted():
+                    function(*args, **kwargs)
             except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes what is left when it ends
                 raise typer.Exit(0) from None
@@ -95,8 +99,35 @@ def command(name: str, example: str, group: typer.Typer = app) -> Callable[[Comm
     return register
 
 
+_noted = threading.Event()
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[None]:
+    """Remember a Ctrl-C that was raised: extensions may turn it into an error of their own, without a trace of it."""
+    _noted.clear()
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        _noted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(error: BaseException | None) -> bool:
     """Return whether Ctrl-C is behind an error: cleaning up half-done work may raise an error of its own."""
+    if _noted.is_set():
+        return True
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
