@@ -1,6 +1,7 @@
 """The command line as the tests call it, and model directories with tokenizers; all random, nothing downloaded."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,13 @@ def zeroskip_process(*words, script=None, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
+        preexec_fn=hears_ctrl_c,
     )
+
+
+def hears_ctrl_c():
+    """In the child: a suite that runs in the background of a script would hand down that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shorter(race):
