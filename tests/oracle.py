@@ -186,3 +186,13 @@ def verify(y: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None = None, act
             f"{int(bad.sum())} of {bad.numel()} wrong, first at token {token}, row {row}: "
             f"{y[token, row].item()} instead of {expected[token, row].item()}, bound {bound[token, row].item():.3g}"
         )
+
+
+def holds(call: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether rows drawn from x in any number and order have the bits that they have alone."""
+    alone = torch.cat([call(row) for row in x.split(1)])
+    for count in (*range(1, 20), 31, 50, 100):
+        drawn = torch.randint(len(x), (count,), generator=torch.Generator().manual_seed(count))
+        if not torch.equal(call(x[drawn]), alone[drawn]):
+            return False
+    return True

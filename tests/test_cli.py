@@ -84,6 +84,16 @@ def test_compile_then_run(pruned, tmp_path):
     assert torch.dot(vector, ours[0]) > 0.999
 
 
+def test_compile_batch_invariant(pruned, tmp_path):
+    result = cli(
+        "compile", pruned, tmp_path / "held", "--tokens", "4", "--batch-invariant", "--json", tmp_path / "plan.json"
+    )
+    assert result.exit_code == 0, result.output
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["batch_invariant"] and plan["sites"] and all(site["pinned"] for site in plan["sites"])
+    assert "batch-invariant: one kernel at each site" in result.stdout
+
+
 def test_run_names_the_nearest_line(encoder):
     result = cli("run", encoder, "--text", "open the file", "--text", "return a list", "--text", "open the file")
     first, second, third, _ = result.stdout.splitlines()

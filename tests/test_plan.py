@@ -134,6 +134,31 @@ def test_a_candidate_that_is_wrong_at_some_count_is_out() -> None:
     assert choice.label == "linear fp32"
 
 
+def test_batch_invariant_takes_one_kernel_and_names_what_it_passed_over() -> None:
+    times = {
+        **LINEAR,
+        "dense fp32/a": {1: 1.0, 32: 4.0, 512: 40.0},
+        "dense fp32/b": {1: 2.0, 32: 2.5, 512: 25.0},
+        "bitmask fp32/gemv": {1: 0.5, 32: 4.0, 512: 40.0},
+        "bitmask fp32/gemm": {1: 0.9, 32: 1.0, 512: 10.0},
+    }
+    tokens = Tokens.parse({1: 20, 32: 1, 512: 1})
+    free = choose(measured(times), tokens)
+    assert free.buckets == [(5, "gemv"), (None, "gemm")] and not free.pinned and not free.passed_over
+    both = choose(measured(times), tokens, {"dense fp32": ("a", "b"), "bitmask fp32": ("gemv", "gemm")})
+    assert both.buckets == [(None, "gemm")] and both.pinned
+    assert both.passed_over == {"bitmask fp32": pytest.approx(29 / 21, abs=1e-4)}
+    assert "passed over bitmask fp32, with a kernel for each count, 1.38x as fast" in both.reason
+    dense = choose(measured(times), tokens, {"dense fp32": ("a", "b")})
+    assert dense.label == "dense fp32" and dense.buckets == [(None, "a")], "64 in all, and 67.5 with the other"
+    assert set(dense.passed_over) == {"linear fp32", "bitmask fp32", "dense fp32"}
+    assert dense.passed_over["linear fp32"] == pytest.approx(64 / 42, abs=1e-4)
+    assert "no sparse layout gives a row the same bits" in dense.reason
+    assert "passed over bitmask fp32 3.05x as fast, whose rows may vary" in dense.reason
+    with pytest.raises(ZeroskipError, match="no dense kernel"):
+        choose(measured(times), tokens, {"bitmask fp32": ("gemm",)})
+
+
 @pytest.mark.parametrize(
     ("kernels", "table"),
     [

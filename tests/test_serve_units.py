@@ -15,9 +15,10 @@ import zeroskip as zs
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import put_in
+from zeroskip.planning.invariant import RowByRow, make_invariant
+from zeroskip.planning.rows import is_invariant
 from zeroskip.serve import Settings
 from zeroskip.serve.attention import ragged, ragged_rows
-from zeroskip.serve.invariant import RowByRow, is_invariant, make_invariant
 from zeroskip.serve.prompts import chat_tokens
 from zeroskip.serve.sampling import Sampler, Sampling
 from zeroskip.serve.sizes import Sizes, bytes_a_token

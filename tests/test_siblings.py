@@ -12,8 +12,8 @@ from torch import nn
 import zeroskip as zs
 from zeroskip.nn import PackedLinear, Siblings
 from zeroskip.ops import call_many
+from zeroskip.planning.invariant import make_invariant
 from zeroskip.planning.siblings import find_siblings, fuse, join, part
-from zeroskip.serve.invariant import make_invariant
 
 SHAPES = {"q": (48, 32), "k": (16, 32), "v": (16, 32)}
 
@@ -144,7 +144,7 @@ def test_bad_input_is_refused_as_ever():
     for x in (torch.randn(2, 31), torch.randint(0, 4, (2, 32)), torch.randn(2, 32, dtype=torch.float64)):
         with pytest.raises(zs.ZeroskipError):
             block.q(x)
-    parts = [(block.q.weight, torch.zeros(3), 48, 0)]
+    parts = [(block.q.weight, torch.zeros(3), 48, 0, None)]
     with pytest.raises(zs.ZeroskipError, match="bias"):
         call_many(X, parts)
 

@@ -16,14 +16,25 @@ from typing import Any
 
 from torch import nn
 
+from zeroskip.dense_layers import RowLinear
 from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io.meta import attach
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
-from zeroskip.planning.install import apply_tuning, build, build_split, fits, put_in, thaw, together, weights_of
+from zeroskip.planning.install import (
+    apply_tuning,
+    build,
+    build_split,
+    fits,
+    put_in,
+    row_by_row,
+    thaw,
+    together,
+    weights_of,
+)
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
-from zeroskip.planning.planner import Planner, check_weights, plannable
+from zeroskip.planning.planner import Planner, check_weights, left_to_torch, plannable
 from zeroskip.planning.recurrent import settle
 from zeroskip.planning.shaped import Example, examples_of
 from zeroskip.planning.siblings import join
@@ -46,6 +57,7 @@ def compile(
     example_inputs: Any = None,
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
+    batch_invariant: bool = False,
     budget_s: float = 0.5,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -73,6 +85,11 @@ def compile(
         Convolutions and recurrent layers are measured at the sizes these inputs give them, and stay dense without any.
     plan : Plan, its dictionary or its file, optional
         A plan made on this machine is applied without measuring. One of another machine is measured again.
+    batch_invariant : bool
+        Give every row of a site's output the same bits whatever else is in the batch. Each site then has one of our
+        kernels for every token count; what torch has to compute (tied weights) it computes row by row. The plan says
+        what that cost, and the model is kept also where it is slower than its dense self, which has no such property.
+        Attention is not a site: it is as invariant as its implementation.
     budget_s : float
         Seconds of timing for each distinct site at each token count; races that are clear end earlier.
     progress : function (done, total, site name), optional
@@ -87,12 +104,16 @@ def compile(
     ------
     ZeroskipError
         For token counts, a precision or example inputs that cannot be used, weights that are not finite or not on the
-        CPU, and a plan that was made for another model. The model is then as it was.
+        CPU, a plan that was made for another model or without `batch_invariant` where that is asked for, and layers
+        whose rows cannot be held (recurrent ones, `nn.MultiheadAttention`, experts). The model is then as it was.
     """
     expect("model", model, nn.Module, "an nn.Module")
     called, model = model, unwrapped(model)
     wanted, precision = Tokens.parse(tokens), check_precision(precision)
     given = _read(plan)
+    if given is not None and batch_invariant and not given.batch_invariant:
+        raise ZeroskipError("the plan was made without batch_invariant: compile without plan= to have one measured")
+    batch_invariant = batch_invariant if given is None else given.batch_invariant
     for name in thaw(model):
         log.info("%s was compiled before; it is measured anew", name)
     if given is not None:
@@ -104,10 +125,11 @@ def compile(
         log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
     examples = examples_of(model, wanted, example_inputs)
     sites, notes = plannable(model, precision, examples)
-    made = Plan(this_machine(), wanted, precision, notes=notes)
+    made = Plan(this_machine(), wanted, precision, notes=notes, batch_invariant=batch_invariant)
+    rows = left_to_torch(model, sites) if batch_invariant else {}
     if given is not None:
         made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
-    _run(model, sites, examples, made, Verdict(model, called, wanted.counts, example_inputs), budget_s, progress)
+    _run(model, sites, rows, examples, made, Verdict(model, called, wanted.counts, example_inputs), budget_s, progress)
     object.__setattr__(model, "zeroskip_plan", made)
     attach(model)
     log.info("%s", made)
@@ -117,6 +139,7 @@ def compile(
 def _run(
     model: nn.Module,
     sites: list[Site],
+    rows: Mapping[str, nn.Linear],
     examples: Mapping[str, Example],
     plan: Plan,
     verdict: Verdict,
@@ -125,7 +148,7 @@ def _run(
 ) -> None:
     """Measure, choose and install site by site, then let the whole model decide; any failure puts everything back."""
     working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
-    planner = Planner(plan.tokens, plan.precision, working_set, budget_s)
+    planner = Planner(plan.tokens, plan.precision, working_set, budget_s, plan.batch_invariant)
     verdict.before(working_set)
     try:
         done, most = 0, max(plan.tokens.counts)
@@ -143,11 +166,21 @@ def _run(
             done += len(group)
             if progress is not None:
                 progress(done, len(sites), first.name)
+        for name, layer in rows.items():
+            one = RowLinear.of(layer)
+            verdict.installed(name, layer, one)
+            put_in(model, layer, one)
+            plan.rows.append(name)
+            plan.notes.append(f"{name}: torch computes it row by row, as batch_invariant needs it")
         if (unrest := planner.unrest()) is not None:
             plan.notes.append(unrest)
             log.warning("%s", unrest)
         plan.fused = verdict.fused()
-        check = verdict.after()
+        check = verdict.after(keep=plan.batch_invariant)
+        if plan.batch_invariant and check.outcome == "put back":
+            raise ZeroskipError(f"batch_invariant: the model {check.method}; compile without it")
+        if any(high < 1.0 for _, _, high in check.ratios.values()) and plan.batch_invariant:
+            plan.notes.append("slower than its dense self, and kept all the same: batch_invariant was asked for")
     except BaseException:
         verdict.put_back()
         raise
@@ -176,6 +209,7 @@ def _apply(model: nn.Module, given: Plan) -> None:
             choices[site.name].sparsity = find_zeros(weights_of(site)[0]).sparsity
         _note_bytes([choices[site.name] for site in group], group, module)
         put_in(model, group[0].module, module)
+    row_by_row(model, plan.rows)
     join(model, plan.fused)
     object.__setattr__(model, "zeroskip_plan", plan)
     attach(model)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
 from zeroskip.nn import PackedLinear
-from zeroskip.ops import call
 from zeroskip.sites.conv import KINDS, Conv, ConvAdapter, patches
 
 __all__ = ["Geometry", "PackedConv", "channels_last", "geometry_of", "geometry_problem", "in_channels_last"]
@@ -125,11 +124,7 @@ class PackedConv(PackedLinear):
             rows, shape = x.movedim(1, -1), (x.shape[0], *x.shape[2:])
         else:
             rows, shape = patches(cast(Conv, self), channels_last(x))[0], (x.shape[0], *self._positions_of(x))
-        own = self._parameters
-        if self._product is None:
-            y: Tensor = call(rows, own["weight"], own["bias"], self.out_features, self._act)
-        else:
-            y = self._product(rows)
+        y = self.product(rows) if self._product is None else self._product(rows)
         y = y.view(*shape, self.out_features).movedim(-1, 1)
         return y if batched else y[0]
 

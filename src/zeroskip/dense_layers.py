@@ -2,22 +2,25 @@
 
 `DenseLinear` is nn.Linear in another precision than the model's: activations are cast at its border. `OneDnnLinear`
 keeps the weight only in oneDNN's prepacked order, so it costs no second copy; whoever asks for the weight (state_dict,
-deepcopy, pickle, `.weight`) gets a dense one made from it, bit for bit.
+deepcopy, pickle, `.weight`) gets a dense one made from it, bit for bit. `RowLinear` is nn.Linear for models that are to
+be batch-invariant: torch's libraries choose by the shape how to add, so it shows them one row at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, first_line
 
-__all__ = ["DTYPES", "DenseLinear", "OneDnnLinear", "onednn_problem"]
+__all__ = ["DTYPES", "DenseLinear", "OneDnnLinear", "RowLinear", "by_rows", "onednn_problem"]
 
+Kind = TypeVar("Kind", bound=nn.Linear)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # An op of our own around torch's: as `mkldnn::_linear_pointwise` the call is rewritten by inductor, which expects the
@@ -75,6 +78,35 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def by_rows(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `call` [1, k] -> [1, m] of each row of x [..., k] by itself, in memory of its own: as if it were alone."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = torch.cat([call(row.clone()) for row in torch.split(rows, 1)]) if len(rows) else call(rows)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class RowLinear(nn.Linear):
+    """nn.Linear that sees one row at a time: x [..., k] -> y [..., m], each row with the bits it gets alone."""
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> RowLinear:
+        """Make the layer from an ordinary one; the parameters are shared, also with layers they are tied to."""
+        return cls._sharing(layer, cls)
+
+    def plain(self) -> nn.Linear:
+        """Return the ordinary layer again."""
+        return self._sharing(self, nn.Linear)
+
+    @staticmethod
+    def _sharing(layer: nn.Linear, kind: type[Kind]) -> Kind:
+        new = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        return new.train(layer.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_rows(super().forward, x)
 
 
 class OneDnnLinear(nn.Module):

@@ -121,6 +121,8 @@ def _renamed(plan: Any, names: dict[str, str]) -> Any:
     if isinstance(fused, list):
         groups = [{**group, "names": [names.get(n, n) for n in group["names"]]} for group in fused if _has_names(group)]
         plan = {**plan, "fused": groups}
+    if isinstance(listed := plan.get("rows"), list):
+        plan = {**plan, "rows": [names.get(name, name) for name in listed if isinstance(name, str)]}
     return {**plan, "sites": rows}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import activation_code, call, call_many
+from zeroskip.ops import Part, activation_code, call, call_by, call_many
 
 __all__ = ["PackedLinear", "Siblings"]
 
@@ -33,9 +33,12 @@ class PackedLinear(nn.Module):
     ----------
     siblings : Siblings or None
         Layers that are fed the same tensor and are computed in one call with this one.
+    kernel : str or None
+        The kernel for every number of tokens; None leaves it to the tuning table. A batch-invariant plan sets it.
     """
 
     siblings: Siblings | None = None
+    kernel: str | None = None
 
     def __init__(
         self, in_features: int, out_features: int, nbytes: int, bias: bool = False, activation: str | None = None
@@ -67,13 +70,21 @@ class PackedLinear(nn.Module):
         siblings = self.siblings
         if siblings is not None and not torch.compiler.is_compiling():
             return siblings.forward(self, x)
-        own = self._parameters  # self.weight and self.bias would take nn.Module a microsecond to find
-        y: Tensor = call(x, own["weight"], own["bias"], self.out_features, self._act)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x [..., k] times the weight, with bias and activation, by the layer's own kernel if it has one."""
+        own, kernel = self._parameters, self.kernel  # self.weight and self.bias would take a microsecond to find
+        if kernel is None:
+            y: Tensor = call(x, own["weight"], own["bias"], self.out_features, self._act)
+        else:
+            y = call_by(x, own["weight"], own["bias"], self.out_features, self._act, kernel)
         return y
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return shape + (f", activation={self.activation}" if self.activation else "")
+        shape += f", activation={self.activation}" if self.activation else ""
+        return shape + (f", kernel={self.kernel}" if self.kernel else "")
 
 
 class Siblings:
@@ -125,6 +136,6 @@ class Siblings:
         self.layers, self._last = state["layers"], None
 
 
-def _part(layer: PackedLinear) -> tuple[Tensor, Tensor | None, int, int]:
+def _part(layer: PackedLinear) -> Part:
     own = layer._parameters
-    return cast(Tensor, own["weight"]), own["bias"], layer.out_features, layer._act
+    return cast(Tensor, own["weight"]), own["bias"], layer.out_features, layer._act, layer.kernel

@@ -12,7 +12,18 @@ from zeroskip import _core
 from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.formats.base import Packed
 
-__all__ = ["ACTIVATIONS", "activation_code", "call", "call_many", "kernels", "linear", "run", "tune"]
+__all__ = [
+    "ACTIVATIONS",
+    "activation_code",
+    "call",
+    "call_by",
+    "call_many",
+    "call_one",
+    "kernels",
+    "linear",
+    "run",
+    "tune",
+]
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -68,33 +79,40 @@ def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel
     return y
 
 
-Part = tuple[Tensor, Tensor | None, int, int]  # blob, bias, m, act
+Part = tuple[Tensor, Tensor | None, int, int, str | None]  # blob, bias, m, act, kernel (None: the one chosen)
+
+
+def call_one(x: Tensor, part: Part) -> Tensor:
+    """Call the op: with the kernel chosen for this many tokens, or with the one that the part names."""
+    blob, bias, m, act, kernel = part
+    y: Tensor = call(x, blob, bias, m, act) if kernel is None else call_by(x, blob, bias, m, act, kernel)
+    return y
 
 
 def call_many(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Return what `call` returns for each part, with what concerns `x` done once and no dispatcher between.
+    """Return what `call_one` returns for each part, with what concerns `x` done once and no dispatcher between.
 
     For eager calls: nothing that traces sees them. What is out of the ordinary takes the ordinary way.
     """
     kind, shape = _TYPES.get(x.dtype), x.shape
     if type(x) is not Tensor or kind is None or not x.is_cpu or not x.is_contiguous() or not x.numel():
-        return [call(x, *part) for part in parts]
+        return [call_one(x, part) for part in parts]
     k = shape[-1]
     at, tokens, threads = x.data_ptr(), x.numel() // k, 1 if _forked else torch.get_num_threads()
     out: list[Tensor] = []
     for part in parts:
-        blob, bias, m, act = part
+        blob, bias, m, act, kernel = part
         address, where = 0, blob.data_ptr()
         if bias is not None:
             plain = bias.dtype is torch.float32 and bias.is_contiguous() and bias.shape == (m,)
             address = bias.data_ptr() if plain else -1
         if address < 0 or where % 64 or blob.dtype is not torch.int8 or not blob.is_contiguous():
-            out.append(call(x, *part))
+            out.append(call_one(x, part))
             continue
         y = x.new_empty((*shape[:-1], m))
         try:
             _core.linear(
-                at, kind, tokens, k, where, blob.numel(), address, act, y.data_ptr(), m, threads, None
+                at, kind, tokens, k, where, blob.numel(), address, act, y.data_ptr(), m, threads, kernel
             )  # fmt: skip
         except ValueError as error:
             raise ZeroskipError(str(error)) from None
@@ -106,12 +124,22 @@ def _linear_fake(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int)
     return x.new_empty((*x.shape[:-1], m))
 
 
+def _linear_by_fake(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], m))
+
+
 _library = torch.library.Library("zeroskip", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor blob, Tensor? bias, int m, int act) -> Tensor"
 )
 _library.impl("linear", _call, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::linear", _linear_fake, lib=_library)
+_library.define(  # type: ignore[no-untyped-call]
+    "linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor"
+)
+_library.impl("linear_by", _call, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("zeroskip::linear_by", _linear_by_fake, lib=_library)
+call_by = torch.ops.zeroskip.linear_by.default  # with one kernel for every number of tokens
 call = torch.ops.zeroskip.linear.default  # the overload itself: finding it anew costs each call half a microsecond
 
 

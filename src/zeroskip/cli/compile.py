@@ -26,6 +26,9 @@ def compile(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
     tokens: Tokens = "1,32,512",
     precision: Precision = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Give a row the same bits whatever else is in the batch; slower.")
+    ] = False,
     json_path: Json = None,
 ) -> None:
     """Compile MODEL for this machine and store it, with its plan, in OUT.
@@ -47,7 +50,9 @@ def compile(
     from zeroskip.planning.plan import plan_of
 
     with progress("measuring") as advance:
-        network = compile_model(network, tokens=counts, precision=precision, progress=advance)
+        network = compile_model(
+            network, tokens=counts, precision=precision, batch_invariant=batch_invariant, progress=advance
+        )
     with step(f"writing {out}"):
         save(network, out, tokenizer=models.Companions(model))
     plan = plan_of(network)

@@ -218,12 +218,6 @@ def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:
 
 # The product's route is module, dispatcher, op. A candidate pays for the same steps: without them it would look a few
 # microseconds better than it is, which decides small layers at one token.
-_library = torch.library.Library("zeroskip", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor")  # type: ignore[no-untyped-call]
-_library.impl("linear_by", ops._call, "CPU")  # type: ignore[no-untyped-call]
-_call_by = torch.ops.zeroskip.linear_by.default
-
-
 class _Forced(nn.Module):
     """`PackedLinear` with one kernel forced."""
 
@@ -236,7 +230,7 @@ class _Forced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self._parameters
-        y: Tensor = _call_by(x, own["weight"], own["bias"], self.m, 0, self.kernel)
+        y: Tensor = ops.call_by(x, own["weight"], own["bias"], self.m, 0, self.kernel)
         return y
 
 

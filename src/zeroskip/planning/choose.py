@@ -4,18 +4,22 @@ A sparse layout is eligible only if at every listed token count it reaches 0.98x
 is chosen if it then beats the fastest dense layout on the weighted time by more than the noise. Otherwise the fastest
 dense layout is installed; the layer as it stands keeps its place unless another dense one beats it by more than the
 noise and is nowhere slower (below 0.98x), for the promise is to be never slower.
+
+In a batch-invariant plan only layouts of ours compete, each with one kernel for every token count that gives a row the
+same bits in every batch; "the fastest dense" is then the fastest of these. What would have been faster is named.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from zeroskip.bench.dense import rivals
 from zeroskip.bench.timer import Floats, Race, Ratio, interval
+from zeroskip.errors import ZeroskipError
 from zeroskip.planning.measure import Measured
 from zeroskip.planning.tokens import Tokens
 
@@ -48,7 +52,8 @@ class Choice:
     """What is installed at a site, and why.
 
     `ratios` holds, for every layout, how many times faster than the fastest dense candidate it is at each count;
-    `gain` its weighted ratio to the fastest dense layout.
+    `gain` its weighted ratio to the fastest dense layout. `pinned`: the kernel serves every count, as a batch-invariant
+    plan needs it; `passed_over` then holds what would have been faster, and how many times.
     """
 
     label: str
@@ -56,6 +61,8 @@ class Choice:
     reason: str
     ratios: dict[str, dict[int, float]]
     gain: Ratio | None
+    pinned: bool = False
+    passed_over: dict[str, float] = field(default_factory=dict)
 
     @property
     def buckets(self) -> list[tuple[int | None, str]]:
@@ -73,18 +80,55 @@ class _Entry:
     draws: dict[int, Floats]
 
 
-def choose(measured: Measured, tokens: Tokens) -> Choice:
-    """Apply the choice rule of this file to one site's measurements."""
-    entries = [entry for entry in (_entry(measured, layout.label, tokens) for layout in measured.layouts) if entry]
-    dense = [entry for entry in entries if entry.dense]
-    best = {t: min(entry.times[t] for entry in dense) for t in tokens.counts}
-    scale = tokens.weights or tuple(1.0 / best[t] for t in tokens.counts)
+def choose(measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str]] | None = None) -> Choice:
+    """Apply the choice rule of this file to one site's measurements.
+
+    Parameters
+    ----------
+    measured : Measured
+    tokens : Tokens
+    steady : {layout: kernels}, optional
+        For a batch-invariant plan: the kernels that give a row the same bits in every batch. Nothing else is chosen.
+
+    Raises
+    ------
+    ZeroskipError
+        If no dense layout has a steady kernel that gave right answers.
+    """
+    every = [entry for entry in (_entry(measured, layout.label, tokens) for layout in measured.layouts) if entry]
+    fastest = {t: min(entry.times[t] for entry in every if entry.dense) for t in tokens.counts}
+    scale = tokens.weights or tuple(1.0 / fastest[t] for t in tokens.counts)
     weight = dict(zip(tokens.counts, scale, strict=True))
-    ratios = {entry.label: {t: best[t] / entry.times[t] for t in tokens.counts} for entry in entries}
+    if steady is None:
+        return _decide(every, every, measured, weight)
+    held = _held(measured, tokens, steady, weight)
+    if not any(entry.dense for entry in held):
+        raise ZeroskipError("no dense kernel here gives a row the same bits in every batch: leave batch_invariant out")
+    choice = _decide(held, every, measured, weight)
+    chosen = next(entry for entry in held if entry.label == choice.label)
+    faster = {
+        entry.label: round(_total(chosen, weight) / _total(entry, weight), 4)
+        for entry in every
+        if all(entry.label != one.label or entry.kernels != one.kernels for one in held)
+        and _total(entry, weight) < _total(chosen, weight)
+    }
+    first = max(faster, key=lambda label: faster[label], default=None)
+    cost = "it costs nothing here"
+    if first is not None:
+        again = ", with a kernel for each count," if first == chosen.label else ""
+        cost = f"passed over {first}{again} {faster[first]:.2f}x as fast, whose rows may vary with the batch"
+    return replace(choice, reason=f"{choice.reason}; batch-invariant: {cost}", pinned=True, passed_over=faster)
+
+
+def _decide(entries: list[_Entry], every: list[_Entry], measured: Measured, weight: Mapping[int, float]) -> Choice:
+    """Choose among `entries`; the ratios are those of `every` layout."""
+    dense = [entry for entry in entries if entry.dense]
+    best = {t: min(entry.times[t] for entry in dense) for t in weight}
+    ratios = {entry.label: {t: best[t] / entry.times[t] for t in weight} for entry in (*every, *entries)}
 
     fastest = min(dense, key=lambda entry: _total(entry, weight))
     as_is = dense[0]
-    better = [entry for entry in dense if all(as_is.times[t] / entry.times[t] >= ELIGIBLE for t in tokens.counts)]
+    better = [entry for entry in dense if all(as_is.times[t] / entry.times[t] >= ELIGIBLE for t in weight)]
     fallback = min(better, key=lambda entry: _total(entry, weight))
     if fallback is not as_is and _gain(as_is, fallback, weight).low <= 1.0:
         fallback = as_is
@@ -99,14 +143,26 @@ def choose(measured: Measured, tokens: Tokens) -> Choice:
     return Choice(fallback.label, fallback.kernels, reason, ratios, None)
 
 
-def _entry(measured: Measured, label: str, tokens: Tokens) -> _Entry | None:
+def _held(
+    measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str]], weight: Mapping[int, float]
+) -> list[_Entry]:
+    """Return each steady layout with the one kernel that is fastest over all counts."""
+    found: list[_Entry] = []
+    for label, kernels in steady.items():
+        each = [entry for kernel in kernels if (entry := _entry(measured, label, tokens, kernel)) is not None]
+        if each:
+            found.append(min(each, key=lambda entry: _total(entry, weight)))
+    return found
+
+
+def _entry(measured: Measured, label: str, tokens: Tokens, only: str | None = None) -> _Entry | None:
     """Return the layout with its best kernels, None if at some count none of them gave a right answer."""
     kernels: dict[int, str] = {}
     times: dict[int, float] = {}
     draws: dict[int, Floats] = {}
     for t in tokens.counts:
         result: Race = measured.races[t]
-        names = measured.runners(label, t)
+        names = [name for name in measured.runners(label, t) if only is None or name == f"{label}/{only}"]
         if not names:
             return None
         name = result.fastest(names)
@@ -150,6 +206,8 @@ def _lost(
     if not sparse:
         refusals = {r for label, r in measured.refused.items() if label.split()[0] not in rivals()}
         wrong = "; a sparse kernel gave wrong results" if measured.wrong else ""
+        if not wrong and not all(layout.dense for layout in measured.layouts):
+            return f"{head}; no sparse layout gives a row the same bits in every batch"
         return f"{head}; no sparse format holds this weight" + (f" ({sorted(refusals)[0]})" if refusals else "") + wrong
     if eligible:
         near = eligible[0]

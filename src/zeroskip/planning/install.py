@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +12,16 @@ from torch import Tensor, nn
 from zeroskip import ops
 from zeroskip.bench.dense import rivals
 from zeroskip.conv_layers import PackedConv, in_channels_last
-from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, onednn_problem
+from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, RowLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed, unpack
 from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
-from zeroskip.planning.candidates import pack_as
+from zeroskip.planning.candidates import NAMES, pack_as
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
+from zeroskip.planning.reread import reread, weight_files
+from zeroskip.planning.rows import pin
 from zeroskip.planning.siblings import join
 from zeroskip.recurrent_layers import SplitRecurrent, products
 from zeroskip.sites import ConvAdapter
@@ -34,6 +34,7 @@ __all__ = [
     "compiled_layers",
     "put_all",
     "put_in",
+    "row_by_row",
     "stored_weight",
     "thaw",
     "together",
@@ -74,12 +75,36 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
             return rivals()[choice.format].build(weight, bias, choice.values, tokens)
         try:
             packed = pack_as(choice.format, weight, choice.values, site.scales)
-            ops.tune(packed, choice.kernels)
+            _serve(packed, choice)
         except ValueError as error:
             raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error
         if issubclass(site.adapter, ConvAdapter):
-            return PackedConv.of(cast(Conv, site.module), packed, bias)
-        return PackedLinear.from_packed(packed, bias, None)
+            layer: PackedLinear = PackedConv.of(cast(Conv, site.module), packed, bias)
+        else:
+            layer = PackedLinear.from_packed(packed, bias, None)
+        layer.kernel = _one_kernel(choice) if choice.pinned else None
+        return layer
+
+
+def _serve(packed: Packed, choice: SitePlan) -> None:
+    """Fill the tuning table, or see that the one kernel of a pinned site can serve; the layer itself carries that."""
+    if not choice.pinned:
+        ops.tune(packed, choice.kernels)
+    elif _one_kernel(choice) not in ops.kernels(packed):
+        raise ZeroskipError(f"there is no kernel {_one_kernel(choice)!r} for it on this CPU")
+
+
+def _one_kernel(choice: SitePlan) -> str:
+    if len(choice.kernels) != 1:
+        raise ZeroskipError(f"{choice.name} is batch-invariant with {len(choice.kernels)} kernels: compile it again")
+    return choice.kernels[0][1]
+
+
+def row_by_row(model: nn.Module, names: Iterable[str]) -> None:
+    """Let torch compute these linear layers one row at a time; names that the model has not are passed over."""
+    layers = dict(model.named_modules(remove_duplicate=False))
+    found = [layer for name in names if isinstance(layer := layers.get(name), nn.Linear)]
+    put_all(model, [(layer, RowLinear.of(layer)) for layer in found if type(layer) is nn.Linear])
 
 
 def together(sites: Iterable[Site]) -> list[list[Site]]:
@@ -142,8 +167,8 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
     only : set of str, optional
         The names to treat; all of them by default.
     """
-    names = _close(model, dtypes, only)
-    files = _weight_files(model)
+    names = _close(model, dtypes, only) + _whole(model, only)
+    files = weight_files(model)
     common = next((p.dtype for n, p in _outside(model) if p.is_floating_point()), None)
     for name, layer in list(compiled_layers(model)):
         if only is not None and name not in only:
@@ -156,7 +181,7 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
                 names.append(name)
                 continue
             dense = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta", dtype=dtype)
-            dense.weight = nn.Parameter(_reread(files, name, weight, dtype), requires_grad=False)
+            dense.weight = nn.Parameter(reread(files, name, weight, dtype), requires_grad=False)
             if isinstance(layer.bias, Tensor):
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
         if isinstance(layer, PackedLinear) and layer.siblings is not None:
@@ -187,6 +212,13 @@ def _close(model: nn.Module, dtypes: dict[str, torch.dtype] | None, only: set[st
     return names
 
 
+def _whole(model: nn.Module, only: set[str] | None) -> list[str]:
+    """Let layers that torch computed row by row have whole batches again."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, RowLinear) and (only is None or n in only)}
+    put_all(model, [(layer, layer.plain()) for layer in found.values()])
+    return list(found)
+
+
 def apply_tuning(model: nn.Module, plan: Plan) -> None:
     """Make a freshly loaded model run as its plan says.
 
@@ -203,14 +235,24 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
         if layer is None:
             continue
         if isinstance(layer, PackedLinear):
-            if not changes and choice.is_packed:
-                ops.tune(Packed.from_blob(layer.weight.detach()), choice.kernels)
+            if choice.pinned:
+                _pin_again(layer, choice)
+            elif not changes and choice.is_packed:
+                ops.tune(layer.packed, choice.kernels)
         elif choice.format == "channels_last" and not changes:
             put_in(model, layer, in_channels_last(layer))
         elif isinstance(layer, nn.Linear) and not choice.is_packed:
             _set_up_dense(model, layer, choice, max(plan.tokens.counts), at_home=not changes)
+    row_by_row(model, plan.rows)
     if not changes:
         join(model, plan.fused)
+
+
+def _pin_again(layer: PackedLinear, choice: SitePlan) -> None:
+    """Keep a site batch-invariant wherever it is loaded: its kernel gives the same bits on every CPU that has it."""
+    dtype = next((each for each, name in NAMES.items() if name == choice.dtype), torch.float32)
+    if not pin(layer, dtype, _one_kernel(choice)):
+        log.warning("%s: no kernel here gives a row the same bits in every batch; compile anew", choice.name)
 
 
 def _set_up_dense(model: nn.Module, layer: nn.Linear, choice: SitePlan, tokens: int, at_home: bool) -> None:
@@ -229,44 +271,6 @@ def _outside(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _weight_files(model: nn.Module) -> dict[str, Path]:
-    """Return {tensor name: file} of the directory a transformers model was loaded from, empty if there is none."""
-    config: Any = getattr(model, "config", None)
-    origin = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
-    if not origin or not Path(origin).is_dir():
-        return {}
-    folder = Path(origin)
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        single = folder / "model.safetensors"
-        if single.is_file():
-            from safetensors import safe_open
-
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-    except (OSError, ValueError, KeyError) as error:
-        log.warning("cannot read the weights of %s again: %s", folder, error)
-    return {}
-
-
-def _reread(files: dict[str, Path], name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight in `dtype` from its file if that is the one which was packed, else from the packed one."""
-    if stored.dtype == dtype:
-        return stored
-    for key in (f"{name}.weight", f"{name.partition('.')[2]}.weight"):
-        if key not in files:
-            continue
-        from safetensors import safe_open
-
-        with safe_open(files[key], framework="pt") as file:
-            found = file.get_tensor(key)
-        if found.shape == stored.shape and torch.equal(found.to(stored.dtype) + 0.0, stored):
-            return cast(Tensor, found).to(dtype)
-    return stored.to(dtype)
-
-
 def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
     """Return the sites of the model by name, after checking that the plan is one for this model.
 
@@ -276,7 +280,6 @@ def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
         If the plan names a site that the model has not, or one of another shape or dtype.
     """
     from zeroskip.errors import suggest
-    from zeroskip.planning.candidates import NAMES
 
     sites = {site.name: site for site in find_sites(model, exclude=())}
     for choice in plan.sites:

@@ -55,6 +55,9 @@ class SitePlan:
         What could not compete: formats that refused the weight, kernels that failed the oracle.
     measured_at : str
         The site where these times were taken (sites that share a key are measured once).
+    pinned, passed_over : bool, {layout: ratio}
+        In a batch-invariant plan: the layer keeps its kernel for every token count; what could not be taken for that,
+        and how many times as fast it would have been.
     """
 
     name: str
@@ -73,6 +76,8 @@ class SitePlan:
     layout_bytes: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     measured_at: str = ""
+    pinned: bool = False
+    passed_over: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -89,8 +94,7 @@ class SitePlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SitePlan:
-        known = {f.name for f in fields(cls)}
-        taken: dict[str, Any] = {key: value for key, value in data.items() if key in known}
+        taken: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         taken["shape"] = (int(data["shape"][0]), int(data["shape"][1]))
         taken["kernels"] = [(None if most is None else int(most), str(kernel)) for most, kernel in data["kernels"]]
         taken["times_ms"] = {
@@ -165,10 +169,8 @@ class Plan:
     ----------
     machine : Machine
         Where it was measured; on any other the sites are measured again.
-    tokens : Tokens
-        The counts it is good at.
-    precision : str or None
-        As asked for.
+    tokens, precision : Tokens, str or None
+        The counts it is good at; as asked for.
     sites : list of SitePlan
     checks : list of ModelCheck
         The whole model against its dense self.
@@ -176,6 +178,9 @@ class Plan:
         Layers that were left alone and why, kernels that failed the oracle, anything else worth knowing.
     fused : list of Fused
         Groups of packed sites that are computed in one call.
+    batch_invariant, rows : bool, list of str
+        Whether every row of a site's output has the same bits whatever else is in the batch; the layers that torch
+        computes one row at a time for that.
     """
 
     machine: Machine
@@ -185,6 +190,8 @@ class Plan:
     checks: list[ModelCheck] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fused: list[Fused] = field(default_factory=list)
+    batch_invariant: bool = False
+    rows: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -205,6 +212,8 @@ class Plan:
             "checks": [plain(asdict(check)) for check in self.checks],
             "notes": list(self.notes),
             "fused": [plain(asdict(group)) for group in self.fused],
+            "batch_invariant": self.batch_invariant,
+            "rows": list(self.rows),
         }
 
     @classmethod
@@ -227,7 +236,8 @@ class Plan:
             checks = [ModelCheck.from_dict(check) for check in data["checks"]]
             machine = Machine.from_dict(data["machine"])
             fused = [Fused.from_dict(group) for group in data.get("fused", [])]
-            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]), fused)
+            held, rows = bool(data.get("batch_invariant", False)), [str(name) for name in data.get("rows", [])]
+            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]), fused, held, rows)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 

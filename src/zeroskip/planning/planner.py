@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,12 +21,13 @@ from zeroskip.planning.choose import Choice, choose
 from zeroskip.planning.install import weights_of
 from zeroskip.planning.measure import Measured, measure, measure_layouts
 from zeroskip.planning.plan import SitePlan
+from zeroskip.planning.rows import steady_layouts
 from zeroskip.planning.shaped import Example, conv_layouts, is_shaped, key_of, probe_of, shaped_obstacle, stand_in
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.zeros import Zeros, find_zeros
 from zeroskip.sites import LinearAdapter
 
-__all__ = ["Planner", "check_weights", "plannable", "site_plan"]
+__all__ = ["Planner", "check_weights", "left_to_torch", "plannable", "site_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,19 @@ class Planner:
     """Measures sites and chooses for them; sites that share a key are measured once.
 
     The key is shape, dtype, pattern, non-zeros within 2 %, whether there is a bias, and the shape of
-    given scales. The number of threads is the process's.
+    given scales. The number of threads is the process's. With `batch_invariant` only kernels that give a row the same
+    bits in every batch are chosen; all are measured, so that the plan can say what that costs.
     """
 
-    def __init__(self, tokens: Tokens, precision: str | None, working_set_bytes: int, budget_s: float) -> None:
-        self.tokens, self.precision = tokens, precision
+    def __init__(
+        self,
+        tokens: Tokens,
+        precision: str | None,
+        working_set_bytes: int,
+        budget_s: float,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.tokens, self.precision, self.batch_invariant = tokens, precision, batch_invariant
         self.working_set_bytes, self.budget_s = working_set_bytes, budget_s
         self.spreads: list[float] = []
         self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
@@ -66,7 +75,8 @@ class Planner:
         measured = self.measure(site, weight, bias, example)
         self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
         counts = self.tokens if example is None else Tokens((example.tokens,))
-        made = site_plan(site.name, weight, zeros, measured, choose(measured, counts))
+        steady = steady_layouts(measured, weight.dtype) if self.batch_invariant else None
+        made = site_plan(site.name, weight, zeros, measured, choose(measured, counts, steady))
         notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
         self._known[key].append((zeros.nnz, made))
         return made
@@ -119,6 +129,8 @@ def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choic
         layout_bytes={layout.label: layout.nbytes for layout in measured.layouts},
         excluded={**measured.refused, **measured.wrong},
         measured_at=name,
+        pinned=choice.pinned,
+        passed_over=choice.passed_over,
     )
 
 
@@ -162,6 +174,33 @@ def plannable(
     for note in notes:
         log.info("%s", note)
     return sites, notes
+
+
+def left_to_torch(model: nn.Module, planned: Iterable[Site]) -> dict[str, nn.Linear]:
+    """Return the layers of torch that a batch-invariant plan has to feed row by row, by name.
+
+    They are those that no format may take: tied weights, fp16 without a precision.
+
+    Raises
+    ------
+    ZeroskipError
+        If there is a layer whose rows cannot be held, planned or not: recurrent, attention that reads its weights
+        itself, a convolution that is not planned, experts, a linear layer that computes in a way of its own.
+    """
+    taken, bound = {id(site.module) for site in planned}, _bound_to_parents(model)
+    found: dict[str, nn.Linear] = {}
+    for site in every_site(model):
+        module = site.module
+        rows = isinstance(module, nn.RNNBase | nn.MultiheadAttention)  # they compute with many rows in ways of torch's
+        if isinstance(module, nn.Embedding) or (id(module) in taken and not rows):
+            continue
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if isinstance(module, nn.Linear) and type(module) is nn.Linear and not hooked and id(module) not in bound:
+            found[site.owner] = module
+            continue
+        kind = type(module).__name__
+        raise ZeroskipError(f"{site.name}: batch_invariant cannot hold the rows of this {kind}; compile without it")
+    return found
 
 
 def _bound_to_parents(model: nn.Module) -> dict[int, str]:

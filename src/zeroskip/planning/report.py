@@ -28,6 +28,9 @@ def plan_table(plan: Plan) -> str:
         rows[row] = rows.get(row, 0) + 1
     body = [[f"{name} ({count})" if count > 1 else name, *rest] for (name, *rest), count in rows.items()]
     lines = [f"plan for {plan.machine}", f"tokens {_tokens(plan)}; precision {plan.precision or 'as in the model'}", ""]
+    if plan.batch_invariant:
+        each = f"; {len(plan.rows)} layers of torch work row by row" if plan.rows else ""
+        lines.insert(2, f"batch-invariant: one kernel at each site for every token count{each}")
     lines += table(header, body) if body else ["no sites"]
     lines.append("")
     lines += [_wrap(f"[{number}] {reason}", 4) for reason, number in reasons.items()]
@@ -44,7 +47,8 @@ def plan_table(plan: Plan) -> str:
                 f"{len(plan.fused)} groups of layers that read the same tensor are computed together: "
                 f"{min(gains):.2f} to {max(gains):.2f}x as fast as apart"
             )
-        lines.append("x at T: times as fast as the fastest dense candidate at T tokens, measured site by site")
+        which = "batch-invariant dense" if plan.batch_invariant else "dense"
+        lines.append(f"x at T: times as fast as the fastest {which} candidate at T tokens, measured site by site")
     lines += [_wrap(str(check), 2) for check in plan.checks]
     lines += [_wrap(f"note: {note}", 2) for note in plan.notes]
     return "\n".join(lines)

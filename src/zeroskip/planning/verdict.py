@@ -70,8 +70,8 @@ class Verdict:
                 return []
             return fuse(self.model, min(self.calls.items())[1], self.counts)
 
-    def after(self) -> ModelCheck:
-        """Compare, and put the model back if it is slower."""
+    def after(self, keep: bool = False) -> ModelCheck:
+        """Compare, and put the model back if it is slower; with `keep` only if it does not run."""
         if not self.swaps:
             return ModelCheck(self.mode, "kept", "nothing was replaced: the model is its dense self")
         if isinstance(self.calls, str):
@@ -86,7 +86,7 @@ class Verdict:
             doubtful = {t: self.calls[t] for t, ratio in ratios.items() if ratio.value < SLOWER <= ratio.high}
             if doubtful and self.keeps_both:
                 ratios.update(self._ratios(doubtful, 3 * BUDGET_S))
-        slower = any(ratio.value < SLOWER for ratio in ratios.values())
+        slower = not keep and any(ratio.value < SLOWER for ratio in ratios.values())
         if slower:
             self.put_back()
         method = "interleaved" if self.keeps_both else "one after the other, each against the same control"

@@ -5,7 +5,6 @@ transformers schedules (its continuous batching), FastAPI and uvicorn speak HTTP
   app.py          the routes, and what each route shares: the key, readiness, metrics
   protocol.py     requests and answers as OpenAI writes them; errors.py their errors
   engine.py       one model under transformers' ContinuousBatchingManager; attention.py and sampling.py are its plug-ins
-  invariant.py    the mode in which no request sees another's company
   embed.py        encoders
 """
 

@@ -19,8 +19,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
 from zeroskip.errors import ZeroskipError, first_line
+from zeroskip.planning.invariant import make_invariant
 from zeroskip.serve import attention
-from zeroskip.serve.invariant import make_invariant
 from zeroskip.serve.sampling import Sampler, Sampling
 from zeroskip.serve.settings import Settings
 from zeroskip.serve.sizes import Sizes
@@ -44,7 +44,7 @@ class Engine:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Causal, on the CPU. Its attention is switched, and with `batch_invariant` its linear layers are wrapped.
+        Causal, on the CPU. Its attention is switched, and with `batch_invariant` its linear layers are held.
     settings : Settings
 
     Raises
