@@ -1,7 +1,8 @@
-"""`zeroskip bench`: measure the kernels, make the environments of the peers, turn results into a report."""
+"""`zeroskip bench`: measure kernels and language models, make the environments of peers, turn results into a report."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from zeroskip.cli.terminal import Json, app, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["group", "kernels", "peers", "report"]
+__all__ = ["group", "kernels", "llm", "peers", "report"]
 
 group = typer.Typer(no_args_is_help=True, help="Benchmarks on this machine.")
 app.add_typer(group, name="bench")
@@ -55,6 +56,61 @@ def kernels(
     )
     with progress("kernels") as advance:
         found = bench_kernels(settings, advance)
+    write_json(json_path, found.to_dict())
+    say(found)
+
+
+@command("llm", "zeroskip bench llm --shape llama-1b --layers 2 --tokens 128 --batch 1,16 --json out.json", group)
+def llm(
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="A dense Hugging Face causal model.")] = None,
+    shape: Annotated[str, typer.Option(help="Instead of it, random weights of a known shape: llama-1b.")] = "",
+    layers: Annotated[int | None, typer.Option(help="With --shape: so many blocks.")] = None,
+    recipes: Annotated[str, typer.Option(metavar="NAME,NAME", help="What is done to the model; each is raced.")] = (
+        "none,llm-int8-50,llm-int4-50"
+    ),
+    tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompts.")] = "128,1024",
+    batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences that are decoded together.")] = "1,4,16",
+    threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16: of activations and of what no recipe rounds.")] = "fp32",
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure perplexity on it.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window of --text.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text to prune with. Default: zeros by magnitude, rounding to nearest."),
+    ] = None,
+    peers: Annotated[str, typer.Option(help="auto (all with low-bit weights), none, or names with commas.")] = "auto",
+    race: Annotated[float, typer.Option(metavar="SECONDS", help="Time each race for about this long.")] = 5.0,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the models here: new or empty. Default: a temporary one.")
+    ] = None,
+    json_path: Json = None,
+) -> None:
+    """Race language models: each recipe pruned, compiled, stored and loaded again, and the dense model in torch.
+
+    First token, decoding, perplexity; and load time, memory and bytes on disk, each model in a process alone.
+    """
+    import torch
+
+    from zeroskip.bench.llm import Settings, bench_llm, rivals
+    from zeroskip.bench.peers.environments import choose
+
+    settings = Settings(
+        model=model,
+        shape=shape,
+        layers=layers,
+        recipes=tuple(name.strip() for name in recipes.split(",") if name.strip()),
+        tokens=_counts("--tokens", tokens),
+        batch=_counts("--batch", batch),
+        threads=torch.get_num_threads() if threads is None else threads,
+        dtype=dtype,
+        text=text,
+        context=context,
+        calibration=calibration,
+        race_s=race,
+        peers=tuple(rivals() if peers == "auto" else choose(peers)),
+    )
+    with tempfile.TemporaryDirectory(prefix="zeroskip-llm-") as temporary, progress("language models") as advance:
+        found = bench_llm(settings, work or Path(temporary), advance)
     write_json(json_path, found.to_dict())
     say(found)
 
