@@ -104,58 +104,66 @@ constexpr bool is_sixteenfold(int64_t) {
   return false;
 }
 
+// The shuffle of 16 columns is the sum of two entries: that of the first eight has, in its upper half, how many they
+// are.
 struct ByteShuffles {
-  uint8_t of[256][8];
-  alignas(16) uint8_t after[9][16];  // what to add if so many come before the second eight
+  alignas(64) uint8_t first[256][16];
+  uint8_t second[256][16];
 };
 constexpr ByteShuffles make_byte_shuffles() {
   ByteShuffles shuffles{};
-  for (int bits = 0; bits < 256; ++bits)
-    for (int lane = 0, rank = 0; lane < 8; ++lane)
-      shuffles.of[bits][lane] = static_cast<uint8_t>(bits >> lane & 1 ? rank++ : 0x80);
-  for (int count = 0; count < 9; ++count)
-    for (int lane = 8; lane < 16; ++lane) shuffles.after[count][lane] = static_cast<uint8_t>(count);
+  for (int bits = 0; bits < 256; ++bits) {
+    uint8_t rank = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      const bool set = bits >> lane & 1;
+      shuffles.first[bits][lane] = shuffles.second[bits][8 + lane] = set ? rank : 0x80;
+      rank = static_cast<uint8_t>(rank + set);
+    }
+    for (int lane = 8; lane < 16; ++lane) shuffles.first[bits][lane] = rank;
+  }
   return shuffles;
 }
 constexpr ByteShuffles kByteShuffles = make_byte_shuffles();
 
-inline __m128i shuffle_of_16(uint32_t bits) {
-  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteShuffles.of[bits & 0xFF]));
-  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteShuffles.of[bits >> 8 & 0xFF]));
-  const __m128i after =
-      _mm_load_si128(reinterpret_cast<const __m128i*>(kByteShuffles.after[_mm_popcnt_u32(bits & 0xFF)]));
-  return _mm_add_epi8(_mm_unpacklo_epi64(low, high), after);
+// A call would send 128 expanded codes through memory, so the compiler has no say.
+#define ZS_INLINE __attribute__((always_inline)) inline
+
+// That of columns [16 i, 16 i + 16). The offsets of the entries are cut out of the word at once, 16 times the byte.
+ZS_INLINE __m128i shuffle_of_16(uint64_t bits, int i) {
+  const uint64_t first = (i ? bits >> (16 * i - 4) : bits << 4) & 0xFF0, second = bits >> (16 * i + 4) & 0xFF0;
+  return _mm_add_epi8(_mm_load_si128(reinterpret_cast<const __m128i*>(kByteShuffles.first[0] + first)),
+                      _mm_load_si128(reinterpret_cast<const __m128i*>(kByteShuffles.second[0] + second)));
 }
 
-// 64 columns; kShift picks the nibbles, or -1 whole bytes.
+// 64 columns; kShift picks the nibbles, or -1 whole bytes. Returns how many codes they have.
 template <int kShift>
-inline const uint8_t* expand_chunk(uint64_t bits, const uint8_t* codes, Chunk& out) {
+ZS_INLINE int64_t expand_chunk(uint64_t bits, const uint8_t* codes, Chunk& out) {
+  const __m128i zero = _mm_set1_epi8(static_cast<char>(kShift >= 0 ? 0x88 : 0x80));  // its code becomes 0
   __m128i part[4];
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const uint32_t sixteen = static_cast<uint32_t>(bits >> 16 * i) & 0xFFFF;
-    __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    if (kShift == 4) v = _mm_srli_epi16(v, 4);
-    if (kShift >= 0) v = _mm_and_si128(v, _mm_set1_epi8(15));
-    v = _mm_xor_si128(v, _mm_set1_epi8(static_cast<char>(kShift >= 0 ? 8 : 0x80)));  // the zero code becomes 0
-    part[i] = _mm_shuffle_epi8(v, shuffle_of_16(sixteen));
-    codes += _mm_popcnt_u32(sixteen);
+    const int64_t before = i ? _mm_popcnt_u64(_bzhi_u64(bits, static_cast<uint32_t>(16 * i))) : 0;
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + before));
+    part[i] = _mm_shuffle_epi8(_mm_xor_si128(v, zero), shuffle_of_16(bits, i));
   }
   for (int i = 0; i < 2; ++i) {
-    out.half[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(part[2 * i]), part[2 * i + 1], 1);
-    if (kShift >= 0) out.half[i] = _mm256_xor_si256(out.half[i], _mm256_set1_epi8(8));
+    __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(part[2 * i]), part[2 * i + 1], 1);
+    if (kShift == 4) both = _mm256_srli_epi16(both, 4);
+    if (kShift >= 0) both = _mm256_xor_si256(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+    out.half[i] = both;
   }
-  return codes;
+  return _mm_popcnt_u64(bits);
 }
 
 template <zs::Values kValues, int>
-inline void expand_pair(const uint32_t* bits, const uint8_t*& codes, Chunk (&out)[2]) {
+ZS_INLINE void expand_pair(const uint32_t* bits, const uint8_t*& codes, Chunk (&out)[2]) {
   if constexpr (kValues == zs::Values::int4) {
-    const uint8_t* first = expand_chunk<0>(bits64(bits), codes, out[0]);
-    const uint8_t* second = expand_chunk<4>(bits64(bits + 2), codes, out[1]);
-    codes = first > second ? first : second;
+    const int64_t count = expand_chunk<0>(bits64(bits), codes, out[0]);
+    const int64_t other = expand_chunk<4>(bits64(bits + 2), codes, out[1]);
+    codes += count > other ? count : other;
   } else {
-    codes = expand_chunk<-1>(bits64(bits), codes, out[0]);
-    codes = expand_chunk<-1>(bits64(bits + 2), codes, out[1]);
+    codes += expand_chunk<-1>(bits64(bits), codes, out[0]);
+    codes += expand_chunk<-1>(bits64(bits + 2), codes, out[1]);
   }
 }
 

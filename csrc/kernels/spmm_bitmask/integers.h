@@ -30,9 +30,19 @@
 // under the mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a
 // masked move and a product more a chunk. 2, 4 and 8 tokens take 11, 20 and 41 cycles.
 //
-// AVX2 has no expansion; a table of shuffles costs 13 operations for 16 columns, and the loop is bound by them, not by
-// memory (4096 x 4096, 50 %, one token, cold, on a busy machine: int4 6.4, int8 8.5 billion weights a second; dense
-// 27 and 13). There dense integers are the better choice, and what is measured when a model is compiled.
+// AVX2 has no expansion; shuffles from a table stand for it, 10 operations for 16 columns, and the loop is bound by
+// them, not by memory. What was tried (Zen 4 without AVX-512, 2048 x 2048, 50 %, one token, one thread, cold, medians
+// of processor time; billion weights a second, dense int4 38):
+//                                                                        int4   int8
+//   two entries of 16 bytes added, the count of the first in its upper half  14.4   14.2
+//   one table of 8 bytes, the count added from another                       10.5   10.9
+//   two halves loaded and shuffled apart                                     12.8
+//   BMI2: pdep under a table of byte masks, 8 columns at a time               8.8    9.0
+//   the same, the masks made by a pdep as well                                6
+//   ranks by a prefix sum of the mask, no table                              10.2
+// pdep moves 8 columns in 3 operations besides those for the rank and the nibbles, a shuffle 16, and only one port has
+// it (on Zen 1 and 2 it is microcode). So dense integers stay the better choice there, and what is measured when a
+// model is compiled.
 #pragma once
 #include "kernels/spmm_bitmask/poison.h"
 #include "panel/epilogue.h"
