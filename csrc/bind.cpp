@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include "blob.h"
 #include "handles.h"
 #include "isa.h"
+#include "patches.h"
 #include "roofline/roofline.h"
 #include "table.h"
 #include "threads.h"
@@ -40,10 +42,16 @@ const zs::Kernel* named(const zs::Header& header, const std::string& name) {
   return kernel;
 }
 
-// x: [tokens, k] and y: [tokens, m] of type `type` (1 fp32, 2 bf16, 3 fp16); bias: fp32 [m] or 0.
-void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
-            int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
-  const auto handle = zs::handle_of(bytes(blob), nbytes);
+// One call of a kernel, with everything checked but x.
+struct Checked {
+  std::shared_ptr<const zs::Handle> handle;
+  const zs::Kernel* kernel;
+  zs::Call call;
+};
+
+Checked checked(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
+                int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
+  auto handle = zs::handle_of(bytes(blob), nbytes);
   const zs::Header& header = handle->weight.header;
   if (k != header.k || m != header.m)
     throw std::invalid_argument("the packed weight is " + std::to_string(header.m) + " x " + std::to_string(header.k) +
@@ -51,7 +59,6 @@ void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, ui
                                 " inputs");
   if (type < 1 || type > 3 || activation < 0 || activation > 5 || threads < 1)
     throw std::invalid_argument("type, activation or thread count out of range");
-  if (tokens == 0) return;
   const zs::Kernel* kernel = name ? named(header, *name) : handle->kernel_for(tokens);
   if (!kernel) throw std::invalid_argument("no kernel for this format and value type in this build");
   const zs::Call call{&handle->weight,
@@ -62,8 +69,51 @@ void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, ui
                       static_cast<zs::Activation>(activation),
                       tokens,
                       nullptr};
+  return {std::move(handle), kernel, call};
+}
+
+// x: [tokens, k] and y: [tokens, m] of type `type` (1 fp32, 2 bf16, 3 fp16); bias: fp32 [m] or 0.
+void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
+            int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
+  const Checked made = checked(x, type, tokens, k, blob, nbytes, bias, activation, y, m, threads, name);
+  if (tokens == 0) return;
   nb::gil_scoped_release release;
-  zs::run(*kernel, call, threads);
+  zs::run(*made.kernel, made.call, threads);
+}
+
+// Batch, channels, then three sizes each of: in, kernel, stride, dilation, before, out.
+using Sizes = std::vector<int64_t>;
+zs::Patches patches_of(const Sizes& sizes) {
+  if (sizes.size() != sizeof(zs::Patches) / sizeof(int64_t)) throw std::invalid_argument("a convolution has 20 sizes");
+  zs::Patches patches;
+  std::memcpy(&patches, sizes.data(), sizeof patches);
+  const std::string wrong = zs::problem(patches);
+  if (!wrong.empty()) throw std::invalid_argument(wrong);
+  return patches;
+}
+
+int64_t product(const int64_t (&sizes)[zs::kAxes], int64_t by) { return sizes[0] * sizes[1] * sizes[2] * by; }
+
+// x: [batch, in..., channels] of `elements` elements, y: [batch, out..., m]; the rest as for linear.
+void convolve(uintptr_t x, int type, int64_t elements, const Sizes& sizes, uintptr_t blob, uint64_t nbytes,
+              uintptr_t bias, int activation, uintptr_t y, int64_t m, int threads,
+              const std::optional<std::string>& name) {
+  const zs::Patches patches = patches_of(sizes);
+  const int64_t tokens = product(patches.out, patches.batch), k = product(patches.kernel, patches.channels);
+  if (elements != product(patches.in, patches.batch * patches.channels))
+    throw std::invalid_argument("x has " + std::to_string(elements) + " elements, its sizes say " +
+                                std::to_string(product(patches.in, patches.batch * patches.channels)));
+  const Checked made = checked(x, type, tokens, k, blob, nbytes, bias, activation, y, m, threads, name);
+  if (tokens == 0) return;
+  nb::gil_scoped_release release;
+  zs::run_patches(*made.kernel, made.call, patches, threads);
+}
+
+// The patches themselves, [tokens, k].
+void gather(uintptr_t x, int64_t size, const Sizes& sizes, uintptr_t dst) {
+  const zs::Patches patches = patches_of(sizes);
+  nb::gil_scoped_release release;
+  zs::gather(patches, bytes(x), size, 0, product(patches.out, patches.batch), reinterpret_cast<uint8_t*>(dst));
 }
 
 void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
@@ -128,6 +178,10 @@ NB_MODULE(_core, module) {
   module.def("linear", &linear, nb::arg("x"), nb::arg("type"), nb::arg("tokens"), nb::arg("k"), nb::arg("blob"),
              nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"), nb::arg("threads"),
              nb::arg("kernel") = nb::none());
+  module.def("convolve", &convolve, nb::arg("x"), nb::arg("type"), nb::arg("elements"), nb::arg("sizes"),
+             nb::arg("blob"), nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"),
+             nb::arg("threads"), nb::arg("kernel") = nb::none());
+  module.def("gather", &gather, nb::arg("x"), nb::arg("size"), nb::arg("sizes"), nb::arg("dst"));
   module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
   module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });
   module.def("kernels", &kernels, nb::arg("blob"), nb::arg("nbytes"));

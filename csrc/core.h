@@ -59,6 +59,7 @@ struct Geometry {
   int64_t units;          // independent parts of the output of one pass
   int64_t panel_bytes;    // shared buffer for one pass
   int64_t scratch_bytes;  // private buffer for one thread
+  bool reads_x = false;   // whether run() reads x too, and not only pack()
 };
 
 struct Pass {

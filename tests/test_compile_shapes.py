@@ -27,7 +27,7 @@ from zeroskip.planning.plan import Plan, plan_of
 from zeroskip.recurrent_layers import SplitRecurrent, products
 
 SPARSE = prefer("bitmask", "ours")
-CONVS = [kind for kind in KINDS if kind.startswith("conv") and "groups" not in kind]
+CONVS = [kind for kind in KINDS if kind.startswith("conv")]
 
 
 def thin(model: nn.Module, zeros: float = 0.7) -> nn.Module:
@@ -91,18 +91,20 @@ def _flat(result: Any) -> list[torch.Tensor]:
 
 
 class Mixed(nn.Module):
-    """Convolutions, a recurrent layer both ways, a head; and a grouped convolution that is left alone."""
+    """Convolutions, one in groups, a recurrent layer both ways, a head; and a depthwise one that is left alone."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.norm = nn.Conv2d(4, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
         self.point, self.grouped = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        self.depth = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.rnn = nn.LSTM(32, 16, batch_first=True, bidirectional=True)
         self.head = nn.Linear(32, 64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.grouped(self.point(self.norm(self.first(x)).relu())).mean(2).transpose(1, 2)
+        x = self.point(self.norm(self.first(x)).relu())
+        x = self.depth(self.grouped(x)).mean(2).transpose(1, 2)
         y: torch.Tensor = self.head(self.rnn(x)[0])
         return y
 
@@ -124,13 +126,13 @@ def test_everything_is_packed_and_gives_the_same(mixed: nn.Module) -> None:
     want = thin(Mixed().eval())(X)
     assert isinstance(mixed.first, PackedConv) and isinstance(mixed.point, PackedConv)
     assert isinstance(mixed.rnn, SplitRecurrent) and isinstance(mixed.rnn.weight_hh_l0_reverse, PackedLinear)
-    assert type(mixed.grouped) is nn.Conv2d and type(mixed.head) is PackedLinear
+    assert isinstance(mixed.grouped, PackedConv) and type(mixed.depth) is nn.Conv2d and type(mixed.head) is PackedLinear
     with torch.inference_mode():
         assert close(mixed(X), want, 1e-5)
     plan = plan_of(mixed)
     by_name = {site.name: site for site in plan.sites}
     assert list(by_name) == [
-        "first", "point", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.weight_ih_l0_reverse",
+        "first", "point", "grouped", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.weight_ih_l0_reverse",
         "rnn.weight_hh_l0_reverse", "head",
     ]  # fmt: skip
     assert by_name["first"].shape == (32, 36) and by_name["first"].format == "bitmask"
@@ -138,7 +140,9 @@ def test_everything_is_packed_and_gives_the_same(mixed: nn.Module) -> None:
     assert set(by_name["rnn.weight_ih_l0"].speedups["bitmask fp32"]) == {3 * 4}
     assert set(by_name["rnn.weight_hh_l0"].speedups["bitmask fp32"]) == {3}
     assert "the whole layer is" in by_name["rnn.weight_ih_l0"].reason
-    assert any("grouped: stays dense, no kernel gains" in note for note in plan.notes)
+    assert by_name["grouped"].shape == (32, 9 * 32) and by_name["grouped"].bytes_before == 32 * 8 * 9 * 4
+    assert "it would multiply" in by_name["grouped"].excluded["dense fp32"]
+    assert any("depth: stays dense, depthwise convolution" in note for note in plan.notes)
     assert "at 48" in str(plan)
     assert by_name["first"].bytes_after == mixed.first.weight.nbytes
 
@@ -159,10 +163,11 @@ def test_stored_loaded_and_put_back(mixed: nn.Module, tmp_path: Path) -> None:
     assert torch.equal(again(X), want)
     save(again, tmp_path / "n")
     assert torch.equal(load(tmp_path / "n", model=Mixed())(X), want)
-    assert thaw(again) == ["rnn", "first", "point", "head"]
+    assert thaw(again) == ["rnn", "first", "point", "grouped", "head"]
     assert type(again.rnn) is nn.LSTM and type(again.first) is nn.Conv2d
     pruned = thin(Mixed().eval())
     assert torch.equal(again.first.weight, pruned.first.weight)
+    assert torch.equal(again.grouped.weight, pruned.grouped.weight) and again.grouped.groups == 4
     assert all(torch.equal(p, q) for p, q in zip(again.rnn.parameters(), pruned.rnn.parameters(), strict=True))
     assert close(again(X), want, 1e-5)
 
@@ -179,6 +184,8 @@ def test_a_plan_is_applied_without_measuring(mixed: nn.Module, tmp_path: Path, m
     [
         ({"kernel_size": [3]}, "stride \\[2, 2\\] is not 1 whole numbers from 1 on"),
         ({"stride": [2, 0]}, "stride"),
+        ({"groups": 1}, "groups 1 is not a whole number from 2 on"),
+        ({"groups": 2}, "stored as convolution"),
         ({"padding_mode": "wild"}, "padding_mode 'wild' is not one of"),
         ({"stride": [1, 1]}, "stored as convolution"),
         (None, "conv is a NoneType"),
@@ -238,6 +245,6 @@ def test_analyze_lists_them(monkeypatch: pytest.MonkeyPatch) -> None:
     inject(monkeypatch, SPARSE)
     answer = analyze(thin(Mixed().eval()), tokens=(1,), example_inputs=X)
     text = str(answer)
-    assert [site.name for site in answer.sites][:3] == ["first", "point", "rnn.weight_ih_l0"]
+    assert [site.name for site in answer.sites][:4] == ["first", "point", "grouped", "rnn.weight_ih_l0"]
     assert "channels_last fp32" in text and "at 48" in text
     assert list(answer.break_even) == ["64x32 fp32"]

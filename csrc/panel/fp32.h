@@ -15,6 +15,7 @@
 #pragma once
 #include "panel/activations.h"
 #include "panel/epilogue.h"
+#include "panel/transpose4.h"
 
 namespace {
 namespace panel {
@@ -46,28 +47,39 @@ inline int64_t pass_tokens(int64_t k) {
   return fit < 4 * kBlock ? 4 * kBlock : fit > 42 * kBlock ? 42 * kBlock : fit;
 }
 
-// Packs tokens [first, first + count) of the pass, one block (count <= kBlock): dst[c * count + t] = x[t, c].
+// Packs tokens [first, first + count) of the pass, one block (count <= kBlock): dst[c * count + t] = x[t, c]. Sixteen
+// columns at a time, four tokens by four columns in registers: storing single floats took half the time of a
+// convolution of 64 channels.
 inline void pack_block(const zs::Call& call, zs::Pass pass, int64_t first, int64_t count) {
-  const int64_t k = call.weight->header.k;
+  constexpr int64_t kColumns = 16;
+  const int64_t k = call.weight->header.k, at = (pass.first + first) * k;
   float* dst = reinterpret_cast<float*>(call.panel) + first * k;
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t row = (pass.first + first + t) * k;
-    int64_t c = 0;
-    for (; c + simd::kLanes <= k; c += simd::kLanes) {
-      const f32 v = load_as(call.x, row + c, call.type);
-      if (count == 1) {
-        simd::store(dst + c, v);
-        continue;
-      }
-      alignas(64) float lanes[simd::kLanes];
-      simd::store(lanes, v);
-      for (int i = 0; i < simd::kLanes; ++i) dst[(c + i) * count + t] = lanes[i];
+  alignas(64) float lines[kBlock * kColumns];
+  for (int64_t c = 0; c < k; c += kColumns) {
+    const int64_t columns = k - c < kColumns ? k - c : kColumns;
+    const float* src = lines;
+    int64_t step = kColumns;
+    if (call.type == zs::Type::fp32 && columns == kColumns) {
+      src = static_cast<const float*>(call.x) + at + c;
+      step = k;
+    } else {
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t v = 0; v < columns; v += simd::kLanes)
+          simd::store(lines + t * kColumns + v, columns - v >= simd::kLanes
+                                                    ? load_as(call.x, at + t * k + c + v, call.type)
+                                                    : load_tail(call.x, at + t * k + c + v, columns - v, call.type));
     }
-    if (c < k) {
-      alignas(64) float lanes[simd::kLanes];
-      simd::store(lanes, load_tail(call.x, row + c, k - c, call.type));
-      for (int i = 0; c + i < k; ++i) dst[(c + i) * count + t] = lanes[i];
+    int64_t t = 0;
+    if (columns == kColumns) {
+      for (; t + 4 <= count; t += 4)
+        for (int64_t j = 0; j < kColumns; j += 4)
+          transpose4(src + t * step + j, step, dst + (c + j) * count + t, count);
+      for (; t + 2 <= count; t += 2)
+        for (int64_t j = 0; j < kColumns; j += 4)
+          transpose2(src + t * step + j, step, dst + (c + j) * count + t, count);
     }
+    for (; t < count; ++t)
+      for (int64_t j = 0; j < columns; ++j) dst[(c + j) * count + t] = src[t * step + j];
   }
 }
 

@@ -30,7 +30,6 @@ from zeroskip.planning.install import (
     row_by_row,
     thaw,
     together,
-    weights_of,
 )
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
@@ -206,7 +205,7 @@ def _apply(model: nn.Module, given: Plan) -> None:
     ]
     for group, module in zip(groups, new, strict=True):
         for site in group:
-            choices[site.name].sparsity = find_zeros(weights_of(site)[0]).sparsity
+            choices[site.name].sparsity = find_zeros(site.weight().flatten(0, 1)).sparsity
         _note_bytes([choices[site.name] for site in group], group, module)
         put_in(model, group[0].module, module)
     row_by_row(model, plan.rows)

@@ -2,27 +2,29 @@
 
 x [batch, channels, *space] -> patches [batch x positions, kernel positions x channels] -> y, which comes channels-last:
 so the layer after it finds its patches as runs of memory, and of a 1 x 1 kernel with stride 1 nothing is copied at all.
+The patches are cut by the native core as the kernel packs its input (csrc/patches.cpp), never as a whole.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
 from zeroskip.nn import PackedLinear
-from zeroskip.sites.conv import KINDS, Conv, ConvAdapter, patches
+from zeroskip.ops import convolve
+from zeroskip.sites.conv import KINDS, Conv, ConvAdapter, blocks
 
 __all__ = ["Geometry", "PackedConv", "channels_last", "geometry_of", "geometry_problem", "in_channels_last"]
 
 Geometry: TypeAlias = dict[str, Any]
 """{"kernel_size", "stride", "dilation": one whole number an axis; "padding": two an axis, the last axis first;
-"padding_mode": str}"""
+"padding_mode": str, "groups": more than one, or absent}"""
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -30,7 +32,8 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def geometry_of(conv: Conv | PackedConv) -> Geometry:
     """Return what a convolution is besides its weight, as plain values for JSON."""
-    return {
+    more = {"groups": conv.groups} if conv.groups > 1 else {}  # without: as files were before there were any
+    return more | {
         "kernel_size": list(conv.kernel_size),
         "stride": list(conv.stride),
         "dilation": list(conv.dilation),
@@ -51,6 +54,9 @@ def geometry_problem(given: Any) -> str | None:
         value, (count, least) = given.get(name), (2 * axes, 0) if name == "padding" else (axes, 1)
         if not isinstance(value, list) or [type(n) is int and least <= n < 1 << 31 for n in value] != [True] * count:
             return f"{name} {value!r} is not {count} whole numbers from {least} on"
+    groups = given.get("groups", 2)
+    if type(groups) is not int or not 2 <= groups < 1 << 31:
+        return f"groups {groups!r} is not a whole number from 2 on"
     if given.get("padding_mode") not in MODES:
         return f"padding_mode {given.get('padding_mode')!r} is not one of {', '.join(MODES)}"
     return None
@@ -72,7 +78,9 @@ def in_channels_last(conv: nn.Module) -> nn.Module:
 
 
 class PackedConv(PackedLinear):
-    """A convolution without groups whose `weight` is a blob, int8 [nbytes], of the matrix over its patches.
+    """A convolution whose `weight` is a blob, int8 [nbytes], of the matrix over its patches.
+
+    That of a convolution in groups is one matrix over all channels, with zeros where a group does not look.
 
     Parameters
     ----------
@@ -86,8 +94,6 @@ class PackedConv(PackedLinear):
         Whether there is a bias [out_features].
     """
 
-    groups = 1
-
     def __init__(
         self, in_features: int, out_features: int, nbytes: int, geometry: Geometry, bias: bool = False
     ) -> None:
@@ -97,10 +103,15 @@ class PackedConv(PackedLinear):
         self.dilation: tuple[int, ...] = tuple(geometry["dilation"])
         self._reversed_padding_repeated_twice: list[int] = list(geometry["padding"])
         self.padding_mode: str = geometry["padding_mode"]
-        self._product: Callable[[Tensor], Tensor] | None = None  # for measuring: in the place of the blob's own kernel
+        self.groups: int = geometry.get("groups", 1)
         self.positions = 1
         for size in self.kernel_size:
             self.positions *= size
+        around = self._reversed_padding_repeated_twice  # the last axis first, before and after
+        before, after = around[-2::-2], around[::-2]
+        # What the kernel's own gathering pads: zeros, as many on both sides of an axis.
+        self._before = before if self.padding_mode == "zeros" and before == after else None
+        self._sizes = [*self.kernel_size, *self.stride, *self.dilation, *(self._before or [0] * len(before))]
         self._plain = self.positions == 1 and set(self.stride) == {1} and not any(geometry["padding"])
 
     @classmethod
@@ -121,22 +132,15 @@ class PackedConv(PackedLinear):
             raise ZeroskipError(f"x is {list(x.shape)}: expected [batch, {channels}, ...] with {axes} axes of space")
         x = x if batched else x.unsqueeze(0)
         if self._plain:
-            rows, shape = x.movedim(1, -1), (x.shape[0], *x.shape[2:])
+            y = self.product(x.movedim(1, -1))
         else:
-            rows, shape = patches(cast(Conv, self), channels_last(x))[0], (x.shape[0], *self._positions_of(x))
-        y = self.product(rows) if self._product is None else self._product(rows)
-        y = y.view(*shape, self.out_features).movedim(-1, 1)
+            if self._before is None:
+                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+                x = pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            own = self._parameters
+            y = convolve(x.movedim(1, -1), own["weight"], own["bias"], self.out_features, self._sizes, self.kernel)
+        y = y.movedim(-1, 1)
         return y if batched else y[0]
-
-    def _positions_of(self, x: Tensor) -> tuple[int, ...]:
-        """The extent of the output along each axis."""
-        axes, around = len(self.kernel_size), self._reversed_padding_repeated_twice
-        return tuple(
-            (x.shape[2 + axis] + sum(around[2 * (axes - 1 - axis) :][:2]) - self.dilation[axis] * (size - 1) - 1)
-            // self.stride[axis]
-            + 1
-            for axis, size in enumerate(self.kernel_size)
-        )
 
     def dense(self, weight: Tensor) -> nn.Module:
         """Return the convolution of torch with this matrix [m, k] as its weight, in that dtype."""
@@ -151,12 +155,13 @@ class PackedConv(PackedLinear):
             self.stride,
             tuple(before for before, _ in each) if same else "same",
             self.dilation,
+            self.groups,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,
             device="meta",
             dtype=weight.dtype,
         )
-        own = ConvAdapter.back(conv, "weight", weight.unsqueeze(0)).contiguous()
+        own = ConvAdapter.back(conv, "weight", blocks(weight, self.positions, self.groups)).contiguous()
         conv.weight = nn.Parameter(own, requires_grad=False)
         if self.bias is not None:
             conv.bias = nn.Parameter(cast(Tensor, self.bias).detach().to(weight.dtype), requires_grad=False)

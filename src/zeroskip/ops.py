@@ -19,6 +19,7 @@ __all__ = [
     "call_by",
     "call_many",
     "call_one",
+    "convolve",
     "kernels",
     "linear",
     "run",
@@ -59,10 +60,7 @@ def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel
         x = x.contiguous()
     address = 0
     if bias is not None:
-        if bias.shape != (m,):
-            raise ZeroskipError(f"bias has shape {list(bias.shape)}, expected [{m}]")
-        if bias.dtype is not torch.float32 or not bias.is_contiguous():
-            bias = bias.to(torch.float32).contiguous()
+        bias = _plain_bias(bias, m)
         address = bias.data_ptr()
     at = blob.data_ptr()
     if at % 64 or not blob.is_contiguous():
@@ -77,6 +75,73 @@ def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel
     except ValueError as error:
         raise ZeroskipError(str(error)) from None
     return y
+
+
+def _plain_bias(bias: Tensor, m: int) -> Tensor:
+    if bias.shape != (m,):
+        raise ZeroskipError(f"bias has shape {list(bias.shape)}, expected [{m}]")
+    return bias if bias.dtype is torch.float32 and bias.is_contiguous() else bias.to(torch.float32).contiguous()
+
+
+def _extents(geometry: Sequence[int], space: Sequence[int]) -> list[int]:
+    """The output's extents; `geometry` has kernel, stride, dilation and padding (on both sides), an axis each."""
+    n = len(space)
+    sizes, strides, dilations, around = (geometry[i * n : (i + 1) * n] for i in range(4))
+    each = zip(space, sizes, strides, dilations, around, strict=True)
+    return [
+        (extent + 2 * pad - dilation * (size - 1) - 1) // stride + 1 for extent, size, stride, dilation, pad in each
+    ]
+
+
+def _convolve(
+    x: Tensor, blob: Tensor, bias: Tensor | None, m: int, geometry: Sequence[int], kernel: str | None = None
+) -> Tensor:
+    kind, axes = _TYPES.get(x.dtype), x.dim() - 2
+    if kind is None:
+        raise ZeroskipError(f"x is {x.dtype}: packed weights take float32, bfloat16 or float16 activations")
+    if axes not in (1, 2, 3) or len(geometry) != 4 * axes or blob.dtype is not torch.int8:
+        raise ZeroskipError(f"expected x [batch, *space, channels] and an int8 blob, got {list(x.shape)}, {blob.dtype}")
+    batch, *space, channels = x.shape
+    out = _extents(geometry, space)
+    if min(out) < 1:
+        raise ZeroskipError(f"x is {list(x.shape)}: too small for a kernel of {list(geometry[:axes])}")
+    bias = None if bias is None else _plain_bias(bias, m)
+    x = x.contiguous()
+    if blob.data_ptr() % 64 or not blob.is_contiguous():
+        blob = blob.clone()
+    y = x.new_empty((batch, *out, m))
+    one, none = [1] * (3 - axes), [0] * (3 - axes)
+    kernels_, strides, dilations, before = (list(geometry[i * axes : (i + 1) * axes]) for i in range(4))
+    sizes = [
+        batch,
+        channels,
+        *one,
+        *space,
+        *one,
+        *kernels_,
+        *one,
+        *strides,
+        *one,
+        *dilations,
+        *none,
+        *before,
+        *one,
+        *out,
+    ]
+    try:
+        _core.convolve(
+            x.data_ptr(), kind, x.numel(), sizes, blob.data_ptr(), blob.numel(), 0 if bias is None else bias.data_ptr(),
+            0, y.data_ptr(), m, 1 if _forked else torch.get_num_threads(), kernel,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ZeroskipError(str(error)) from None
+    return y
+
+
+def _convolve_fake(
+    x: Tensor, blob: Tensor, bias: Tensor | None, m: int, geometry: Sequence[int], kernel: str | None = None
+) -> Tensor:
+    return x.new_empty((x.shape[0], *_extents(geometry, x.shape[1:-1]), m))
 
 
 Part = tuple[Tensor, Tensor | None, int, int, str | None]  # blob, bias, m, act, kernel (None: the one chosen)
@@ -139,6 +204,12 @@ _library.define(  # type: ignore[no-untyped-call]
 )
 _library.impl("linear_by", _call, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::linear_by", _linear_by_fake, lib=_library)
+_library.define(  # type: ignore[no-untyped-call]
+    "convolve(Tensor x, Tensor blob, Tensor? bias, int m, int[] geometry, str? kernel=None) -> Tensor"
+)
+_library.impl("convolve", _convolve, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("zeroskip::convolve", _convolve_fake, lib=_library)
+convolve = torch.ops.zeroskip.convolve.default  # x [batch, *space, channels] -> y [batch, *out, m]
 call_by = torch.ops.zeroskip.linear_by.default  # with one kernel for every number of tokens
 call = torch.ops.zeroskip.linear.default  # the overload itself: finding it anew costs each call half a microsecond
 

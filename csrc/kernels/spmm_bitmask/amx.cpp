@@ -42,8 +42,12 @@ zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const int64_t held = tokens > panel::kTokensAtOnce || tiles < kBlockTiles ? tiles : kBlockTiles;
   const int64_t scratch = panel::kSumsBytes + held * 2 * panel::kTileBytes;
   constexpr int64_t kFewScratch = sizeof(vector::Scratch);
-  return {limit, panel::kTileTokens, (weight.header.m + kRows - 1) / kRows, many > few ? many : few,
-          scratch > kFewScratch ? scratch : kFewScratch};
+  return {limit,
+          panel::kTileTokens,
+          (weight.header.m + kRows - 1) / kRows,
+          many > few ? many : few,
+          scratch > kFewScratch ? scratch : kFewScratch,
+          true};
 }
 
 uint8_t* tiles_x(const zs::Call& call, zs::Pass pass) { return call.panel + bitmask::flags_bytes(pass.tokens); }

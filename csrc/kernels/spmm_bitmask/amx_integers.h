@@ -64,7 +64,7 @@ zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const int64_t many = integers::flags_bytes(limit) + pass / 16 * tile_bytes(header);
   const int64_t pairs = chunks(header) / 2, held = tokens > panel::kTokensAtOnce ? pairs : kBlockPairs;
   const int64_t scratch = sizeof(Scratch) + scales_bytes(header) + held * 4 * panel::kTileBytes;
-  return {limit, panel::kTileTokens, (header.m + kRows - 1) / kRows, many, scratch};
+  return {limit, panel::kTileTokens, (header.m + kRows - 1) / kRows, many, scratch, true};
 }
 
 template <Values kValues>

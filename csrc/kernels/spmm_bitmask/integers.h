@@ -144,8 +144,9 @@ void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
 inline zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const zs::Header& header = weight.header;
   const int64_t limit = pass_tokens(header), pass = tokens < limit ? tokens : limit;
-  return {limit, kAtOnce, (header.m + kUnitRows - 1) / kUnitRows, flags_bytes(limit) + pass * token_bytes(header),
-          sizeof(Scratch)};
+  return {
+      limit,           kAtOnce, (header.m + kUnitRows - 1) / kUnitRows, flags_bytes(limit) + pass * token_bytes(header),
+      sizeof(Scratch), true};
 }
 
 // products[t][g] = scale of the row's group `first` + g times that of the token's.

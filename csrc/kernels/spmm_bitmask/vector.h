@@ -74,6 +74,7 @@ zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const int64_t limit = few_tokens(weight.header),
                 few = bitmask::few_bytes(weight.header, tokens < limit ? tokens : limit);
   if (geometry.panel_bytes < few) geometry.panel_bytes = few;
+  geometry.reads_x = true;  // add_poison
   return geometry;
 }
 

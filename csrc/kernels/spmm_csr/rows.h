@@ -17,6 +17,7 @@
 #pragma once
 #include "panel/activations.h"
 #include "panel/epilogue.h"
+#include "panel/transpose4.h"
 
 namespace {
 namespace rows {
@@ -31,7 +32,8 @@ constexpr int64_t kPassBytes = 1 << 20;                                // packed
 constexpr int64_t kStepBytes = 32 << 10;                               // packed x of one step: an L1
 constexpr int64_t kMaxStep = 8192;                                     // columns of one step at most
 
-typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
+using panel::f32x4;
+using panel::transpose4;
 
 inline float widen(uint16_t bits) {
   const uint32_t word = static_cast<uint32_t>(bits) << 16;
@@ -110,18 +112,6 @@ inline int64_t step_columns(const zs::Header& header, int64_t width) {
   return step < 64 ? 64 : step > kMaxStep ? kMaxStep : step;
 }
 
-// dst[j * stride + i] = src[i * step + j] for i, j < 4.
-inline void transpose4(const float* src, int64_t step, float* dst, int64_t stride) {
-  const f32x4 a = Four::load(src), b = Four::load(src + step);
-  const f32x4 c = Four::load(src + 2 * step), d = Four::load(src + 3 * step);
-  const f32x4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), AB = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const f32x4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  Four::store(dst, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
-  Four::store(dst + stride, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
-  Four::store(dst + 2 * stride, __builtin_shufflevector(AB, CD, 0, 1, 4, 5));
-  Four::store(dst + 3 * stride, __builtin_shufflevector(AB, CD, 2, 3, 6, 7));
-}
-
 // Packs tokens [first, first + count) of the pass into their block; the last ones of a block also fill its empty lanes
 // with zeros. Sixteen columns of all tokens at a time, so that each line of the block is finished while it is in L1.
 inline void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t count) {
@@ -134,6 +124,11 @@ inline void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t cou
   for (int64_t c = 0; c < k; c += kColumns) {
     const int64_t columns = k - c < kColumns ? k - c : kColumns;
     for (int64_t t = 0; t < lanes; t += 4) {
+      if (call.type == zs::Type::fp32 && columns == kColumns && t + 4 <= count) {
+        const float* x = static_cast<const float*>(call.x) + (pass.first + first + t) * k + c;
+        for (int64_t j = 0; j < kColumns; j += 4) transpose4(x + j, k, dst + (c + j) * stride + t, stride);
+        continue;
+      }
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t at = (pass.first + first + t + i) * k + c;
         for (int64_t v = 0; v < kColumns; v += simd::kLanes) {

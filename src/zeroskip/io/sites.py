@@ -138,14 +138,14 @@ def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Pa
         raise ZeroskipError(f"{where}: site {name}: a {type(model).__name__} has no such layer") from None
     layer: Any = module
     if isinstance(module, PackedLinear | OneDnnLinear):
-        shape = [1, layer.out_features, layer.in_features]
+        shape = [layer.out_features, layer.in_features]
     else:
         try:
-            shape = list((Site(name, module, parameter) if inside else Site(name, module)).shape)
+            shape = list((Site(name, module, parameter) if inside else Site(name, module)).extent)
         except ZeroskipError:
             raise ZeroskipError(f"{where}: site {name}: a {type(module).__name__} cannot be packed") from None
-    if shape != [1, *site["shape"]]:
-        raise ZeroskipError(f"{where}: site {name}: stored as {site['shape']} where the model has {shape[1:]}")
+    if shape != site["shape"]:
+        raise ZeroskipError(f"{where}: site {name}: stored as {site['shape']} where the model has {shape}")
     if site.get("transposed") and not Conv1DAdapter.matches(module):
         raise ZeroskipError(f"{where}: site {name}: stored transposed, which a {type(module).__name__} is not")
     has = geometry_of(cast(Conv, module)) if isinstance(module, (*KINDS, PackedConv)) else None

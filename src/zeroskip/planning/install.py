@@ -49,7 +49,7 @@ COMPILED = (PackedLinear, OneDnnLinear, DenseLinear)
 def weights_of(site: Site) -> tuple[Tensor, Tensor | None]:
     """Return the site's weight [m, k], contiguous, and its bias [m]; views where possible."""
     bias = site.bias
-    return site.weight()[0].detach().contiguous(), None if bias is None else bias.detach()
+    return site.whole().detach().contiguous(), None if bias is None else bias.detach()
 
 
 def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
@@ -74,7 +74,7 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
         if choice.format in rivals():
             return rivals()[choice.format].build(weight, bias, choice.values, tokens)
         try:
-            packed = pack_as(choice.format, weight, choice.values, site.scales)
+            packed = pack_as(choice.format, weight, choice.values, site.whole_scales)
             _serve(packed, choice)
         except ValueError as error:
             raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error
@@ -286,7 +286,7 @@ def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
         site = sites.get(choice.name)
         if site is None:
             raise ZeroskipError(f"the plan is for another model: no site {choice.name!r}{suggest(choice.name, sites)}")
-        found = (*site.shape[1:], NAMES.get(site.weight().dtype, ""))
+        found = (*site.extent, NAMES.get(site.weight().dtype, ""))
         if found != (*choice.shape, choice.dtype):
             want = "x".join(map(str, choice.shape))
             raise ZeroskipError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,14 @@ class Probe:
         [tokens, k] the same as the weight's matrix sees it.
     flat : callable
         From what a call returns to [tokens, m].
+    others : mapping
+        By the name of a format or rival: the same numbers as `x`, laid out as that one finds them in a model.
     """
 
     x: Tensor
     rows: Tensor
     flat: Callable[[Tensor], Tensor]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,7 +150,7 @@ def _checked(
     copies: int | None,
     probe: Probe,
 ) -> dict[str, list[Callable[[], object]]]:
-    x, rows = probe.x, probe.rows
+    rows = probe.rows
     oracle = Oracle(weight, bias, rows)
     # Integers say what they mean themselves: how far that is from the model's weight is the precision asked for.
     own = {
@@ -157,7 +160,7 @@ def _checked(
     }
     runners: dict[str, list[Callable[[], object]]] = {}
     for layout, kernel, calls in field_of:
-        name = runner_name(layout, kernel)
+        name, x = runner_name(layout, kernel), probe.others.get(layout.format, probe.x)
         if name in result.wrong:
             continue
         try:

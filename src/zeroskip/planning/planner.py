@@ -62,8 +62,8 @@ class Planner:
         A shaped site (a convolution, a product of a recurrent layer) is measured at the size of its example.
         """
         weight, bias = weights_of(site)
-        zeros = find_zeros(weight)
-        scales = None if site.scales is None else site.scales.shape
+        zeros = find_zeros(weight if site.shape[0] == 1 else site.weight().flatten(0, 1))
+        scales = None if site.whole_scales is None else site.whole_scales.shape
         key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
         key += () if example is None else key_of(site, example)
         for nnz, known in self._known.setdefault(key, []):
@@ -122,7 +122,7 @@ def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choic
         values=layout.values,
         kernels=choice.buckets,
         reason=choice.reason,
-        bytes_before=weight.numel() * weight.element_size(),
+        bytes_before=measured.layouts[0].nbytes,
         bytes_after=layout.nbytes,
         times_ms=times,
         speedups=choice.ratios,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from zeroskip.conv_layers import FORMATS, PackedConv, channels_last, geometry_of, in_channels_last
-from zeroskip.formats import names
+from zeroskip.formats import Packed, names
 from zeroskip.model import Site, every_site
-from zeroskip.planning.candidates import NAMES, Call, Layout, few_zeros, format_layout
+from zeroskip.planning.candidates import DENSE_FORMATS, NAMES, Call, Layout, few_zeros, format_layout
 from zeroskip.planning.measure import Probe
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.whole import evaluating, model_calls
@@ -38,6 +38,9 @@ __all__ = [
     "shaped_obstacle",
     "stand_in",
 ]
+
+
+MOST_GROUPS = 64  # as one matrix it takes that many times the memory while it is packed
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def _example(site: Site, x: Any, output: Any) -> Example:
         rows = x.numel() // x.shape[-1]
         return Example(tuple(x.shape), batch if "_hh_" in site.parameter else rows)
     last = x.dim() in FORMATS and x.is_contiguous(memory_format=FORMATS[x.dim()]) and not x.is_contiguous()
-    return Example(tuple(x.shape), output.numel() // site.shape[1], last)
+    return Example(tuple(x.shape), output.numel() // site.extent[0], last)
 
 
 def shaped_obstacle(site: Site, example: Example | None) -> str | None:
@@ -113,8 +116,8 @@ def shaped_obstacle(site: Site, example: Example | None) -> str | None:
     module = site.module
     if isinstance(module, nn.RNNBase) and (problem := split_obstacle(module)) is not None:
         return problem
-    if site.shape[0] != 1:
-        return "no kernel gains by the zeros of grouped convolutions"
+    if site.shape[0] > MOST_GROUPS:
+        return f"a convolution in {site.shape[0]} groups multiplies too little for what its patches cost"
     if type(module).__module__.partition(".")[0] != "torch":
         return f"{type(module).__name__} may compute in a way of its own"
     if example is None:
@@ -134,14 +137,18 @@ def stand_in(site: Site) -> nn.Linear:
 
 
 def probe_of(site: Site, example: Example, tokens: int) -> Probe:
-    """Return random inputs of the example's size for a convolution."""
+    """Return random inputs of the example's size for a convolution.
+
+    All layouts but the layer as it stands are given channels-last ones, as packed and channels-last layers return them.
+    """
     conv = cast(Conv, site.module)
     draw = torch.Generator().manual_seed(tokens)
     x = torch.randn(example.shape, generator=draw).to(conv.weight.dtype)
-    x = channels_last(x) if example.last else x
-    axes = len(conv.kernel_size)
+    last, axes = channels_last(x), len(conv.kernel_size)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
-    return Probe(x, patches(conv, batched)[0], partial(_rows, axes))
+    cut = patches(conv, batched)  # [groups, tokens, positions x channels] -> [tokens, positions x groups x channels]
+    rows = cut.unflatten(2, (-1, batched.shape[1] // conv.groups)).permute(1, 2, 0, 3).flatten(1)
+    return Probe(last, rows, partial(_rows, axes), {} if example.last else {"linear": x})
 
 
 def _rows(axes: int, y: Tensor) -> Tensor:
@@ -154,7 +161,7 @@ def conv_layouts(
     """As `candidates.layouts`, for a convolution; the dense ones are torch's own, channels first and channels last."""
     conv = cast(Conv, site.module)
     own = NAMES.get(weight.dtype, str(weight.dtype))
-    nbytes = weight.numel() * weight.element_size()
+    nbytes, grouped = conv.weight.nbytes, site.shape[0] > 1
     found = [
         Layout(f"linear {own}", "linear", own, ("torch",), True, nbytes, partial(_copies, conv), lambda: conv),
     ]
@@ -163,13 +170,18 @@ def conv_layouts(
         copies = partial(_copies, last())
         found.append(Layout(f"channels_last {own}", "channels_last", own, ("torch",), True, nbytes, copies, last))
     refused: dict[str, str] = {}
-    few = few_zeros(weight)
+    few = few_zeros(site.weight())
     for kind in values:
         for name in names():
-            made = few if few and name != "dense" else format_layout(name, weight, bias, kind, site.scales)
+            if name in DENSE_FORMATS and grouped:
+                refused[f"{name} {kind}"] = "it would multiply what a group does not look at"
+                continue
+            made = (
+                few if few and name not in DENSE_FORMATS else format_layout(name, weight, bias, kind, site.whole_scales)
+            )
             if isinstance(made, Layout) and made.packed is not None:
                 packed = made.packed
-                calls = partial(_forced, conv, made)
+                calls = partial(_forced, conv, packed, bias)
                 found.append(replace(made, copies=calls, install=partial(PackedConv.of, conv, packed, bias)))
             else:
                 refused[f"{name} {kind}"] = str(made)
@@ -180,12 +192,11 @@ def _copies(module: nn.Module, kernel: str, count: int) -> list[Call]:
     return [copy.deepcopy(module) for _ in range(count)]
 
 
-def _forced(conv: Conv, layout: Layout, kernel: str, count: int) -> list[Call]:
-    """Packed convolutions whose product goes through one kernel: `PackedConv` around what the layout would time."""
-    packed = layout.packed
+def _forced(conv: Conv, packed: Packed, bias: Tensor | None, kernel: str, count: int) -> list[Call]:
+    """Packed convolutions, each with a copy of the blob, that go through one kernel."""
     found: list[Call] = []
-    for product in layout.copies(kernel, count):
-        module = PackedConv.of(conv, cast(Any, packed), None)
-        module._product = product
-        found.append(module)
+    for _ in range(count):
+        own = Packed.from_blob(packed.blob.clone())
+        found.append(PackedConv.of(conv, own, bias))
+        found[-1].kernel = kernel  # type: ignore[attr-defined]
     return found

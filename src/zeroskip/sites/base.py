@@ -87,6 +87,11 @@ class Adapter:
         return matrices[0]
 
     @staticmethod
+    def whole(module: nn.Module, parameter: str, matrices: Tensor) -> Tensor:
+        """Return [groups, out, in] as the one matrix that the module's input meets, its rows in order."""
+        return matrices[0]
+
+    @staticmethod
     def run(module: nn.Module, parameter: str, columns: int) -> int:
         """Return how many consecutive inputs are of one kind; a pattern's groups may not cross them."""
         return columns
@@ -177,6 +182,18 @@ class Site:
         groups, rows, columns = self.shape
         return groups, rows, self.adapter.run(self.module, self.parameter, columns)
 
+    def whole(self) -> Tensor:
+        """Return the weight as the one matrix [out, in] that the module's input meets; a view where possible."""
+        return self.adapter.whole(self.module, self.parameter, self.weight())
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(out, in) of `whole`."""
+        groups, rows, columns = self.shape
+        blank = torch.empty(groups, rows, columns, device="meta")
+        rows, columns = self.adapter.whole(self.module, self.parameter, blank).shape
+        return rows, columns
+
     @property
     def bias(self) -> Tensor | None:
         return self.adapter.bias(self.module, self.parameter)
@@ -193,6 +210,11 @@ class Site:
         """
         scales = getattr(self.module, self._scales, None)
         return scales if isinstance(scales, Tensor) else None
+
+    @property
+    def whole_scales(self) -> Tensor | None:
+        """`scales` where they are those of `whole`."""
+        return self.scales if self.shape[0] == 1 else None
 
     def keep_scales(self, scales: Tensor | None) -> None:
         """Set or, with None, forget the scales of a weight that was just written."""

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from zeroskip.sites.base import Adapter, Call, Inputs, is_weight
 
-__all__ = ["Conv", "ConvAdapter", "DepthwiseAdapter", "patches"]
+__all__ = ["Conv", "ConvAdapter", "DepthwiseAdapter", "block_diagonal", "blocks", "patches"]
 
 PIECE_BYTES = 64 << 20  # of patches at a time: they are several times as large as what they are cut from
 
@@ -46,6 +47,11 @@ class ConvAdapter(Adapter):
         )
 
     @staticmethod
+    def whole(module: nn.Module, parameter: str, matrices: Tensor) -> Tensor:
+        conv = cast(Conv, module)
+        return block_diagonal(matrices, math.prod(conv.kernel_size))
+
+    @staticmethod
     def run(module: nn.Module, parameter: str, columns: int) -> int:
         conv = cast(Conv, module)
         return conv.in_channels // conv.groups
@@ -68,6 +74,27 @@ class DepthwiseAdapter(ConvAdapter):
     @staticmethod
     def matches(module: nn.Module) -> bool:
         return ConvAdapter.matches(module) and 1 < cast(Conv, module).groups == cast(Conv, module).in_channels
+
+
+def block_diagonal(matrices: Tensor, positions: int) -> Tensor:
+    """Return the matrices [groups, out, positions x channels] of a convolution as one over all its channels.
+
+    [groups x out, positions x groups x channels]: what a group does not see is zero, which sparse formats do not store.
+    """
+    groups, rows, columns = matrices.shape
+    if groups == 1:
+        return matrices[0]
+    wide = matrices.new_zeros(groups, rows, positions, groups, columns // positions)
+    for group, matrix in enumerate(matrices):
+        wide[group, :, :, group] = matrix.view(rows, positions, -1)
+    return wide.view(groups * rows, -1)
+
+
+def blocks(matrix: Tensor, positions: int, groups: int) -> Tensor:
+    """Undo `block_diagonal`."""
+    rows, columns = matrix.shape
+    wide = matrix.view(groups, rows // groups, positions, groups, columns // positions // groups)
+    return torch.stack([wide[group, :, :, group] for group in range(groups)]).flatten(2)
 
 
 def patches(conv: Conv, x: Tensor) -> Tensor:
