@@ -147,7 +147,7 @@ def probe_of(site: Site, example: Example, tokens: int) -> Probe:
     last, axes = channels_last(x), len(conv.kernel_size)
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
     cut = patches(conv, batched)  # [groups, tokens, positions x channels] -> [tokens, positions x groups x channels]
-    rows = cut.unflatten(2, (-1, batched.shape[1] // conv.groups)).permute(1, 2, 0, 3).flatten(1)
+    rows = cut.view(*cut.shape[:2], -1, batched.shape[1] // conv.groups).permute(1, 2, 0, 3).flatten(1)
     return Probe(last, rows, partial(_rows, axes), {} if example.last else {"linear": x})
 
 
