@@ -2,7 +2,7 @@
 # make test    the test suite, on every ISA row of this machine
 # make lint    ruff, mypy, clang-format
 # make wheel   a manylinux wheel in wheelhouse/, tested where there is no compiler
-# make performance   measure the kernels (half an hour, on a quiet machine) and write docs/performance.md
+# make performance   measure the kernels (three quarters of an hour, on a quiet machine) and write docs/performance.md
 # make soak    sixteen streaming clients for ten minutes; MINUTES=2 makes it two
 # make clean   remove everything that these made
 #
@@ -52,7 +52,7 @@ wheel: $(DONE)/build $(DONE)/wheel
 # With the peers that are installed: `.venv/bin/zeroskip bench peers`.
 performance: $(DONE)/package
 	@mkdir -p build
-	@set -e; for suite in llm:15 encoder:5 synthetic:5; do \
+	@set -e; for suite in llm:15 encoder:15 synthetic:15; do \
 	  $(BIN)/zeroskip bench kernels --suite $${suite%:*} --threads 1,2 --peers auto --budget $${suite#*:} \
 	    --json build/$${suite%:*}.json; \
 	  $(BIN)/zeroskip bench report build/$${suite%:*}.json --into docs/performance.md; \

@@ -28,9 +28,9 @@ __all__ = ["Contest", "Entry"]
 
 FEW_TOKENS = 8
 FREE = "unstructured"
-BATCH_S, RATE = 0.1, 40e9  # a batch lasts no longer than about this, if it computes at this rate
-BATCH_BYTES = 32 << 20  # a batch of ours reads no more than about this
-ROUNDS = 9  # the least, unless they take several times longer than asked
+BATCH_S, RATE = 0.04, 40e9  # a batch lasts no longer than about this, if it computes at this rate
+ROUNDS, LEAST_ROUNDS = 9, 5  # so many, unless they take LONGEST times longer than asked
+LONGEST = 3.0
 MEMORY_SHARE = 0.4  # of what is free, for all copies together
 Calls = dict[str, list[Callable[[], object]]]
 
@@ -118,7 +118,10 @@ class Contest:
         return min(in_the_model, max(1, math.ceil(self.cold_bytes / max(nbytes, 1))))
 
     def _batch(self, copies: int, x: Tensor) -> int:
-        """Return how many multiplications make one sample: as many as there are copies, unless that takes long."""
+        """Return how many multiplications make one sample: as many as there are copies, unless that takes long.
+
+        The same number for ours and for a peer's: a sample of fewer would miss more of the machine's interruptions.
+        """
         if x.shape[0] <= FEW_TOKENS:
             return copies
         return min(copies, max(1, int(BATCH_S * RATE / (2.0 * self.weight.numel() * x.shape[0]))))
@@ -135,10 +138,8 @@ class Contest:
                     problem = self.checker.ours(calls[0], x, self.stored[layout.label])
                 if problem is None:
                     entry.runners[name] = kernel
-                    few = min(
-                        len(calls), 1 + BATCH_BYTES // layout.nbytes
-                    )  # the next batch goes on with the next copies
-                    runners[name] = [batch([bound(call, x) for call in calls], self._batch(few, x), clock)]
+                    # The next batch goes on with the next copies.
+                    runners[name] = [batch([bound(call, x) for call in calls], self._batch(len(calls), x), clock)]
                 else:
                     entry.problem = f"{kernel} {problem}"
             entries.append(entry)
@@ -171,7 +172,8 @@ class Contest:
         start = time.monotonic()
 
         def settled(seen: Race) -> bool:  # the race's own clock does not count whole batches
-            return time.monotonic() - start > self.race_s or clear(seen)
+            spent = time.monotonic() - start
+            return spent > LONGEST * self.race_s or (seen.rounds >= ROUNDS and (spent > self.race_s or clear(seen)))
 
         while runners:
             owners = {name: entry for entry in entries for name in entry.runners}
@@ -182,7 +184,7 @@ class Contest:
                     runners,
                     budget_s=self.race_s,
                     least_s=0.0,
-                    min_rounds=ROUNDS,
+                    min_rounds=LEAST_ROUNDS,
                     settled=settled,
                     core=core,
                     prepare=prepare,

@@ -49,7 +49,7 @@ class Settings:
     race_s : float
         Seconds after which a race ends, once it has its least number of rounds.
     minutes : float or None
-        No case is begun after these; the others are named as left out.
+        No race is begun after these; the cases that are not complete are named as left out.
     quick : bool
         The suite's first two cases, and its first and last but one token count.
     """
@@ -86,7 +86,12 @@ class Settings:
         return tuple(sorted({counts[0], counts[-1]} if self.quick else set(counts)))
 
 
-def bench_kernels(settings: Settings, progress: Progress = lambda done, total, name: None) -> KernelTable:
+def bench_kernels(
+    settings: Settings,
+    progress: Progress = lambda done, total, name: None,
+    known: KernelTable | None = None,
+    keep: Callable[[KernelTable], None] = lambda found: None,
+) -> KernelTable:
     """Run a benchmark.
 
     Parameters
@@ -94,35 +99,71 @@ def bench_kernels(settings: Settings, progress: Progress = lambda done, total, n
     settings : Settings
     progress : callable
         Told (cases done, cases in all, what comes next).
+    known : KernelTable, optional
+        What an earlier run found: its races are not run again.
+    keep : callable
+        Given the table after each race, so that a run that is stopped can go on later.
 
     Raises
     ------
     ZeroskipError
-        On an unknown suite.
+        On an unknown suite, or if `known` is of another suite, machine, formats, peers or `cold_bytes`.
     """
     cases, before = settings.cases(), torch.get_num_threads()
     until = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
     found = KernelTable(settings.suite, str(this_machine()), asdict(settings) | {"tokens": settings.token_counts()})
+    if known is not None:
+        _same(known, found)
+        found.rooflines, found.rows = list(known.rooflines), list(known.rows)
     try:
         with ExitStack() as stack:
             running = dict(_start(settings.peers, stack, found))
             progress(0, len(cases), "the limits of this machine")
-            found.rooflines = rooflines(settings.threads, 0.1 if settings.quick else 0.3)
+            measured = {one.threads for one in found.rooflines}
+            wanted = [threads for threads in settings.threads if threads not in measured]
+            found.rooflines += rooflines(wanted, 0.1 if settings.quick else 0.3)
+            found.left_out = [str(case) for case in cases if _races(case, settings, found)]
             for done, case in enumerate(cases):
+                races = _races(case, settings, found)
+                if not races:
+                    continue
                 if until is not None and time.monotonic() > until:
-                    found.left_out += map(str, cases[done:])
                     break
                 contest = Contest(case, settings.formats, settings.cold_bytes, settings.race_s, running)
-                for threads in settings.threads:
+                for threads, tokens in races:
+                    if until is not None and time.monotonic() > until:
+                        break
                     torch.set_num_threads(threads)
-                    for tokens in settings.token_counts():
-                        progress(done, len(cases), f"{case}, {tokens} tokens, {threads} threads")
-                        found.rows += contest.rows(tokens, found.roofline(threads))
+                    progress(done, len(cases), f"{case}, {tokens} tokens, {threads} threads")
+                    found.rows += contest.rows(tokens, found.roofline(threads))
+                    if not _races(case, settings, found):
+                        found.left_out.remove(str(case))
+                    keep(found)
                 contest.close()
     finally:
         torch.set_num_threads(before)
     progress(len(cases), len(cases), "")
     return found
+
+
+def _races(case: Case, settings: Settings, found: KernelTable) -> list[tuple[int, int]]:
+    """Return the (threads, tokens) that are asked for and not in the table."""
+    there = {(row.threads, row.tokens) for row in found.rows if row.case == str(case)}
+    asked = ((threads, tokens) for threads in settings.threads for tokens in settings.token_counts())
+    return [pair for pair in asked if pair not in there]
+
+
+def _same(known: KernelTable, found: KernelTable) -> None:
+    """Refuse to add to a table whose rows would not be comparable."""
+    names = ("formats", "peers", "cold_bytes")
+    before = {"suite": known.suite, "machine": known.machine} | {name: known.settings.get(name) for name in names}
+    after = {"suite": found.suite, "machine": found.machine} | {name: found.settings[name] for name in names}
+    for name, value in after.items():
+        there = before[name]
+        if (tuple(there) if isinstance(there, list) else there) != value:
+            raise ZeroskipError(
+                f"cannot go on with a benchmark whose {name} is {there!r}, here {value!r}: begin a new one"
+            )
 
 
 def _start(asked: Sequence[str], stack: ExitStack, found: KernelTable) -> Iterator[tuple[str, PeerProcess]]:

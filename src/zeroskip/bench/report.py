@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from zeroskip.bench.break_even import BEST, Against, break_evens
 from zeroskip.bench.results import KernelTable, Row, Spread
 from zeroskip.errors import ZeroskipError
 from zeroskip.planning.report import table
@@ -21,6 +22,7 @@ LEGEND = (
     "best dense: the fastest dense layout, torch's or ours, whose values are as wide or wider",
 )
 SUMMARY = "each number is the geometric mean over the cases, in parentheses the lowest"
+EVEN = "Break-even: the share of zeros from which on a sparse layout is as fast, in parentheses what was measured"
 COLUMNS = ("linear fp32", "linear bf16", "best dense")
 
 
@@ -29,6 +31,8 @@ def text(found: KernelTable) -> str:
     lines = [f"{found.suite} on {found.machine}", *_limits(found), ""]
     for title, rows in _groups(found.rows):
         lines += [title, *table(_head(), _cells(rows)), ""]
+    if crossed := break_evens(found.rows):
+        lines += [EVEN, *table(*_even(crossed)), ""]
     return "\n".join([*lines, *LEGEND, *_absent(found)])
 
 
@@ -39,6 +43,8 @@ def markdown(found: KernelTable, details: bool = False) -> str:
     """
     lines = [f"### {found.suite}", "", f"{found.machine}.", "", *(f"- {line}" for line in _limits(found)), ""]
     lines += [*_markdown_table(*_summary(found)), "", f"Times as fast as each column: {SUMMARY}.", ""]
+    if crossed := break_evens(found.rows):
+        lines += [f"{EVEN}:", "", *_markdown_table(*_even(crossed)), ""]
     if details:
         for title, rows in _groups(found.rows):
             lines += [f"**{title}**", "", *_markdown_table(_head(), _cells(rows)), ""]
@@ -127,6 +133,18 @@ def _summary(found: KernelTable) -> tuple[list[str], list[list[str]]]:
         percents = [[row.peak_percent or 0.0 for row in rows], [row.bandwidth_percent or 0.0 for row in rows]]
         numbers = [f"{math.fsum(values) / len(values):.0f}" for values in percents]
         body.append([layout, zeros, str(tokens), str(threads), str(len(rows)), *numbers, *map(_mean, ratios)])
+    return header, body
+
+
+def _even(crossed: list[Against]) -> tuple[list[str], list[list[str]]]:
+    """One line for each sparse layout, token and thread count."""
+    cells: dict[tuple[str, str, int, int], dict[str, str]] = defaultdict(dict)
+    for one in crossed:
+        key = (f"{one.found.format} {one.found.values}", one.found.pattern, one.found.tokens, one.threads)
+        name = BEST if one.rival == BEST else "own"
+        cells[key] |= {"shapes": str(one.shapes), name: str(one)}
+    header = ["layout", "zeros", "tokens", "threads", "shapes", "our dense layout of the same values", BEST]
+    body = [[*map(str, key), one["shapes"], one.get("own", "-"), one.get(BEST, "-")] for key, one in cells.items()]
     return header, body
 
 

@@ -30,7 +30,8 @@ RESAMPLES = 400  # bootstrap draws; the 1 % and 99 % quantiles then rest on four
 RETIRE_AT = 2.5  # a runner this many times slower than the leader after WARM_ROUNDS has lost
 HOPELESS_AT = 12.0  # one this slow in its very first call is not called again
 WARM_ROUNDS = 5
-BELIEVED_S = 0.3  # calls that take this long together say enough about a runner's speed
+SLOW_ROUNDS = 3  # instead of WARM_ROUNDS where these alone have spent the budget
+BELIEVED_S = 0.1  # calls that take this long together say enough about a runner's speed
 LEAST_SAMPLE_S = 60e-6  # several calls make one sample until it lasts this long: the clock costs ~0.1 us
 
 
@@ -157,9 +158,9 @@ def race(
         start, asked = clock(), min_rounds
         while result.rounds < max_rounds:
             _round(runners, result, bursts, prepare or {}, order, clock)
-            if retire and result.rounds >= WARM_ROUNDS:
-                _retire(result, core)
             spent = clock() - start
+            if retire and result.rounds >= (WARM_ROUNDS if spent < budget_s else SLOW_ROUNDS):
+                _retire(result, core)
             if result.rounds >= _least(min_rounds, spent, budget_s) and spent >= budget_s:
                 break
             if result.rounds >= asked and spent >= min(least_s, budget_s):

@@ -30,11 +30,14 @@ def kernels(
     peers: Annotated[str, typer.Option(help="auto (all that are installed), none, or names with commas.")] = "none",
     formats: Annotated[str, typer.Option(metavar="NAME,NAME", help="Only these of our formats, and dense.")] = "",
     budget: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="Begin no case after these; what is left out is named.")
-    ] = None,
+        float, typer.Option(metavar="MINUTES", help="Begin no race after these; what is left out is named.")
+    ] = 15.0,
     race: Annotated[float, typer.Option(metavar="SECONDS", help="Time each race for about this long.")] = 2.0,
     cold_mb: Annotated[int, typer.Option(help="Rotate over copies of a weight up to this size.")] = 256,
     quick: Annotated[bool, typer.Option("--quick", help="Two cases and two token counts, shortly.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an earlier run wrote to --json; also after Ctrl-C.")
+    ] = False,
     json_path: Json = None,
 ) -> None:
     """Race our kernels against nn.Linear, every other dense layer and other libraries; a wrong result gets no time."""
@@ -42,6 +45,7 @@ def kernels(
 
     from zeroskip.bench.kernels import Settings, bench_kernels
     from zeroskip.bench.peers.environments import choose
+    from zeroskip.bench.results import KernelTable
 
     settings = Settings(
         suite=suite or ("encoder" if quick else "llm"),
@@ -54,8 +58,11 @@ def kernels(
         minutes=budget,
         quick=quick,
     )
+    if resume and json_path is None:
+        raise ZeroskipError("--resume needs --json PATH: what it goes on with")
+    known = KernelTable.read(json_path) if resume and json_path is not None and json_path.exists() else None
     with progress("kernels") as advance:
-        found = bench_kernels(settings, advance)
+        found = bench_kernels(settings, advance, known, lambda table: write_json(json_path, table.to_dict()))
     write_json(json_path, found.to_dict())
     say(found)
 

@@ -1,7 +1,8 @@
 """ONNX Runtime: MatMulNBits in 4 bits, and MatMul in fp32.
 
 One graph multiplies the same activations with every copy of the weight, so that a session's overhead is shared by
-them: generous to the peer. Its threads do not spin after a run, for they would take time from whoever runs next.
+them: generous to the peer. Its threads spin between the products of a run, as they do in a model, but not after it,
+for then they would take time from whoever runs next.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class OnnxRuntime(Peer):
 
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_external_initializers(
             list(files), [runtime.OrtValue.ortvalue_from_numpy(a) for a in files.values()]
         )
