@@ -49,8 +49,10 @@ class LlamaCpp(Peer):
         return version("llama-cpp-python")
 
     def load(self, mode: str, weight: Floats, copies: int, threads: int, tokens: int) -> Work:
-        ggml, (m, k) = _Ggml(), weight.shape
-        kind, undo, _ = TYPES[mode.removesuffix(REPACKED)]
+        (m, k), (kind, undo, group) = weight.shape, TYPES[mode.removesuffix(REPACKED)]
+        if k % group:  # ggml would end the process
+            raise ValueError(f"{k} inputs are not a multiple of {group}")
+        ggml = _Ggml()
         raw = np.empty(ggml.ggml_row_size(kind, k) * m, np.uint8)
         ggml.ggml_quantize_chunk(kind, weight.ctypes.data, raw.ctypes.data, 0, m, k, None)
         stands = np.empty((m, k), np.float32)
