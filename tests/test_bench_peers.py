@@ -90,6 +90,13 @@ def test_a_weight_is_loaded_once_until_forgotten(process):
     assert asked == ["load", "forget", "load"]
 
 
+def test_a_shape_that_would_end_the_worker_is_refused():
+    peer = peers.get("llama_cpp")()
+    for mode, k in (("q4_K", 384), ("q4_0 repacked", 40)):
+        with pytest.raises(ValueError, match=f"{k} inputs are not a multiple of"):
+            peer.load(mode, np.zeros((4, k), np.float32), 1, 1, 1)
+
+
 def test_an_error_is_one_line_and_the_worker_lives_on(process):
     with pytest.raises(PeerError, match=r"^torch_csr: ValueError: cannot do this$"):
         process.load("broken", WEIGHT, 1, 1, 3)
@@ -101,6 +108,8 @@ def test_a_worker_that_dies_leaves_its_last_words(process):
         process.load("dead", WEIGHT, 1, 1, 3)
     with pytest.raises(PeerError, match="has ended"):
         process.version()
+    process.load("some", WEIGHT, 4, 1, 3)  # the next weight has a worker of its own
+    assert process.version() == "1.2"
 
 
 def test_a_worker_that_hangs_is_ended(tmp_path):

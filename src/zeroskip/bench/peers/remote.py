@@ -56,6 +56,10 @@ class PeerProcess:
     def __enter__(self) -> PeerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="zeroskip-peer-")
         self._errors = open(self._path("stderr"), "w+b")
+        self._start()
+        return self
+
+    def _start(self) -> None:
         # -I: neither this package nor a PYTHONPATH of ours reaches into the peer's environment.
         self._process = subprocess.Popen(
             [str(python_of(self.name)), "-I", str(self._worker), self.name],
@@ -64,7 +68,6 @@ class PeerProcess:
             stderr=self._errors,
             bufsize=0,
         )
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
@@ -92,11 +95,16 @@ class PeerProcess:
     def load(self, mode: str, weight: Tensor, copies: int, threads: int, tokens: int) -> tuple[int, Tensor]:
         """Have fp32 `weight` [m, k] loaded `copies` times in one mode, if that is not what is loaded.
 
+        A worker that has died of something else is started again.
+
         Returns
         -------
         int, Tensor [m, k]
             Bytes of one stored weight, and the weight that it stands for.
         """
+        if self._process is None:
+            self._loaded.clear()
+            self._start()
         key = (weight.data_ptr(), weight.shape, copies, threads, tokens if self.peer.fixed_tokens else 0)
         if mode not in self._loaded or self._loaded[mode][0] != key:
             self._loaded.pop(mode, None)
