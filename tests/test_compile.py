@@ -65,6 +65,63 @@ def test_codes_of_a_solver_are_packed_as_they_are(monkeypatch: pytest.MonkeyPatc
         assert packed.group_size == 32 and torch.equal(unpack(packed), weight)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("wanted", ["dense", "bitmask"])
+def test_codes_of_a_solver_compete_by_themselves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: str, values: str
+) -> None:
+    inject(monkeypatch, prefer(f"{wanted} {values}"), {"dense": 2.0, "compiled": 1.0})
+    model = tiny_models.llama(torch.bfloat16, layers=1)
+    given = tiny_models.batches("llama", 1)
+    prune(model, "sparsegpt+gptq", sparsity=0.5, values=values, group_size=32, calibration=given)
+    save(model, tmp_path / "rounded")
+    loaded = load(tmp_path / "rounded")
+    rounded = {site.name: (site.weight()[0].clone(), site.scales[0]) for site in find_sites(loaded)}
+    compile(loaded, tokens=(1, 8))
+    for name, (weight, scales) in rounded.items():
+        packed = loaded.get_submodule(name).packed
+        assert (packed.format, packed.values, packed.group_size) == (wanted, values, 32)
+        assert torch.equal(unpack(packed).to(torch.bfloat16), weight) and torch.equal(packed.scales, scales)
+    kinds = {label.split()[1] for label in plan_of(loaded).sites[0].times_ms}
+    assert kinds == {"bf16", *(("int8", "int4") if values == "int4" else ("int8",))}, "4-bit codes fit 8 bits too"
+
+
+def test_a_site_that_was_trained_on_is_not_rounded_behind_the_users_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, prefer("dense int4", "dense int8"), {"dense": 2.0, "compiled": 1.0})
+    net = Net()
+    prune(net, "sparsegpt+gptq", sparsity=0.5, values="int4", group_size=32, calibration=[X])
+    with torch.no_grad():
+        net.first.weight.mul_(1.01 + 0.1 * torch.rand_like(net.first.weight))
+    compile(net, tokens=(1, 6), example_inputs=X)
+    assert {site.name: site.values for site in plan_of(net).sites} == {
+        "first": "fp32",
+        "second": "int4",
+        "third": "int4",
+    }
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_a_head_of_8_bits_is_not_rounded_once_more(monkeypatch: pytest.MonkeyPatch, precision: str | None) -> None:
+    inject(monkeypatch, prefer("dense int4", "dense int8"), {"dense": 2.0, "compiled": 1.0})
+    net = Net()
+    rules = [{"include": "third", "method": "rtn", "values": "int8"}]
+    recipe = {"method": "sparsegpt+gptq", "sparsity": 0.5, "values": "int4", "group_size": 32, "rules": rules}
+    prune(net, recipe=recipe, calibration=[X])
+    head = net.third.weight.detach().clone()
+    compile(net, tokens=(1, 6), precision=precision, example_inputs=X)
+    assert [site.values for site in plan_of(net).sites] == ["int4", "int4", "int8"]
+    assert torch.equal(unpack(net.third.packed), head)
+
+
+def test_half_precision_needs_no_precision_for_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(monkeypatch, prefer("bitmask int4"), {"dense": 2.0, "compiled": 1.0})
+    net = Net()
+    prune(net, "sparsegpt+gptq", sparsity=0.5, values="int4", group_size=32, calibration=[X])
+    compile(net.half(), tokens=(1, 6), example_inputs=X.half())
+    assert [site.label for site in plan_of(net).sites] == ["bitmask int4"] * 3
+    assert bool(torch.isfinite(net(X.half())).all())
+
+
 def test_integers_compete_where_they_were_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     inject(monkeypatch, prefer("dense int4"), {"dense": 2.0, "compiled": 1.0})
     net = compile(Net(), tokens=(1, 6), precision="int4", example_inputs=X)

@@ -202,6 +202,16 @@ def test_precision() -> None:
     assert allowed_values(torch.float64, "bf16") == ()
 
 
+def test_integers_of_a_solver_compete_unasked_and_alone() -> None:
+    four, eight = ("int8", "int4"), ("int8",)
+    assert allowed_values(torch.bfloat16, None, four) == ("bf16", *four)
+    assert allowed_values(torch.float16, None, eight) == eight
+    assert allowed_values(torch.float32, "bf16", four) == ("fp32", "bf16"), "only floating point was asked for"
+    assert allowed_values(torch.bfloat16, "int4", eight) == ("bf16", "int8"), "8 bits are not rounded to 4"
+    assert allowed_values(torch.bfloat16, "int8", four) == ("bf16", *four), "and 4 bits lose nothing"
+    assert allowed_values(torch.float64, None, four) == ()
+
+
 def a_plan() -> Plan:
     sites = [
         SitePlan(

@@ -79,6 +79,9 @@ def compile(
     precision : None, "fp32", "bf16", "int8" or "int4"
         None keeps the precision of the weights. Else storage and compute down to it compete too, dense and sparse
         alike; activations keep their dtype between the layers. fp16 weights stay dense unless one is given.
+        Weights that a recipe has rounded to integers are offered as those integers also with None, and are never
+        rounded again: an 8-bit head stays at 8 bits under "int4". Integer kernels round the activations of a group to
+        127 steps; "fp32" or "bf16" leaves them out.
     example_inputs : tensor, tuple of arguments or dict of keyword arguments, optional
         For the check of the whole model; transformers models get synthetic ids without it, others are not checked.
         Convolutions and recurrent layers are measured at the sizes these inputs give them, and stay dense without any.

@@ -16,7 +16,10 @@ Tokens = Annotated[
     str, typer.Option(metavar="T[,T...]", help="Token counts to be good at; COUNT:WEIGHT says how often each occurs.")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="Storage and compute down to fp32 or bf16 may compete. Default: the model's own.")
+    str | None,
+    typer.Option(
+        help="Storage and compute down to fp32, bf16, int8 or int4 may compete. Default: what the weights are."
+    ),
 ]
 
 

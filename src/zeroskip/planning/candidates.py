@@ -20,7 +20,7 @@ from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack, value_types
 from zeroskip.nn import PackedLinear
-from zeroskip.quantize import group_of
+from zeroskip.quantize import LIMIT, group_of
 
 __all__ = [
     "DENSE_FORMATS",
@@ -95,22 +95,29 @@ def check_precision(precision: str | None) -> str | None:
     raise ZeroskipError(f"precision is {precision!r}: give None or what the formats store{hint}")
 
 
-def allowed_values(dtype: torch.dtype, precision: str | None) -> tuple[str, ...]:
+def allowed_values(dtype: torch.dtype, precision: str | None, recorded: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the storage that may compete for a weight of this dtype; empty if it has to stay as it is.
 
     With no precision, the model's own. Else everything from the model's own to the precision asked for, whichever of
     the two is wider; fp16 weights have no kernels of their own and need a precision.
+
+    `recorded` are the integers that a solver has rounded the weight to (`quantize.kinds_of`). They lose nothing, so
+    they compete with no precision as well, and where integers were asked for they are the only ones: no weight is
+    rounded twice.
     """
     own = NAMES.get(dtype)
     if dtype == torch.float16 and precision is not None:
         own = "fp32"
     if own not in PRECISIONS:
-        return ()
+        return recorded if dtype == torch.float16 else ()
     if precision is None:
-        return (own,)
+        return (own, *recorded)
     first, last = sorted((PRECISIONS.index(own), PRECISIONS.index(precision)))
     both = PRECISIONS[first : last + 1]
-    return both if both[0] == own else (*both[::-1],)
+    both = both if both[0] == own else (*both[::-1],)
+    if recorded and precision in LIMIT:
+        return (*(values for values in both if values not in LIMIT), *recorded)
+    return both
 
 
 def layouts(

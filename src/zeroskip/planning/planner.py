@@ -25,9 +25,10 @@ from zeroskip.planning.rows import steady_layouts
 from zeroskip.planning.shaped import Example, conv_layouts, is_shaped, key_of, probe_of, shaped_obstacle, stand_in
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.zeros import Zeros, find_zeros
+from zeroskip.quantize import kinds_of
 from zeroskip.sites import LinearAdapter
 
-__all__ = ["Planner", "check_weights", "left_to_torch", "plannable", "site_plan"]
+__all__ = ["Planner", "check_weights", "left_to_torch", "plannable", "recorded_kinds", "site_plan"]
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,10 @@ NEAR = 0.02  # weights whose non-zeros differ by less are measured once
 class Planner:
     """Measures sites and chooses for them; sites that share a key are measured once.
 
-    The key is shape, dtype, pattern, non-zeros within 2 %, whether there is a bias, and the shape of
-    given scales. The number of threads is the process's. With `batch_invariant` only kernels that give a row the same
-    bits in every batch are chosen; all are measured, so that the plan can say what that costs.
+    The key is shape, dtype, pattern, non-zeros within 2 %, whether there is a bias, the shape of given scales, and
+    the integers that a solver has rounded to. The number of threads is the process's. With `batch_invariant` only
+    kernels that give a row the same bits in every batch are chosen; all are measured, so that the plan can say what
+    that costs.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class Planner:
         weight, bias = weights_of(site)
         zeros = find_zeros(weight if site.shape[0] == 1 else site.weight().flatten(0, 1))
         scales = None if site.whole_scales is None else site.whole_scales.shape
-        key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales)
+        recorded = recorded_kinds(site, weight)
+        key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales, recorded)
         key += () if example is None else key_of(site, example)
         for nnz, known in self._known.setdefault(key, []):
             # Zeros that are alike in number may still not all fit a format that needs a pattern.
@@ -72,7 +75,8 @@ class Planner:
             if fits and abs(nnz - zeros.nnz) <= NEAR * max(nnz, 1):
                 return replace(copy.deepcopy(known), name=site.name, sparsity=zeros.sparsity)
         log.info("measuring %s (%dx%d, %s)", site.name, *weight.shape, zeros.pattern)
-        measured = self.measure(site, weight, bias, example)
+        values = allowed_values(weight.dtype, self.precision, recorded)
+        measured = self.measure(site, weight, bias, values, example)
         self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
         counts = self.tokens if example is None else Tokens((example.tokens,))
         steady = steady_layouts(measured, weight.dtype) if self.batch_invariant else None
@@ -91,8 +95,9 @@ class Planner:
             "close calls went to the dense side, so compile again when it is quiet"
         )
 
-    def measure(self, site: Site, weight: Tensor, bias: Tensor | None, example: Example | None) -> Measured:
-        values = allowed_values(weight.dtype, self.precision)
+    def measure(
+        self, site: Site, weight: Tensor, bias: Tensor | None, values: tuple[str, ...], example: Example | None
+    ) -> Measured:
         limits: Any = {"working_set_bytes": self.working_set_bytes, "budget_s": self.budget_s}
         if example is None:
             return measure(site.module, weight, bias, values=values, tokens=self.tokens.counts, **limits)
@@ -102,6 +107,11 @@ class Planner:
             found, refused = conv_layouts(site, weight, bias, values)
         probes = partial(probe_of, site, example)
         return measure_layouts(found, weight, bias, tokens=(example.tokens,), refused=refused, probes=probes, **limits)
+
+
+def recorded_kinds(site: Site, weight: Tensor) -> tuple[str, ...]:
+    """Return the integers that a solver has rounded the weight [m, k] of a site to, from wide to narrow; often none."""
+    return () if site.whole_scales is None else kinds_of(weight, site.whole_scales[0])
 
 
 def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choice: Choice) -> SitePlan:
@@ -159,13 +169,14 @@ def plannable(
     check_weights(every)
     bound = _bound_to_parents(model)
     sites: list[Site] = []
+    left: list[Site] = []
     for site in every:
         reason = _obstacle(site, bound, (examples or {}).get(site.name))
         if reason is not None:
             notes.append(f"{site.name}: stays dense, {reason}")
-        elif allowed_values(site.weight().dtype, precision):
-            sites.append(site)
-    left = [site for site in every if not allowed_values(site.weight().dtype, precision)]
+            continue
+        recorded = recorded_kinds(site, weights_of(site)[0])
+        (sites if allowed_values(site.weight().dtype, precision, recorded) else left).append(site)
     for name in sorted({NAMES.get(site.weight().dtype, str(site.weight().dtype)) for site in left}):
         cure = "; give precision='bf16' or 'fp32' to have them measured" if name == "fp16" else ""
         notes.append(f"{len(left)} sites stay dense: their {name} weights have no kernels{cure}")

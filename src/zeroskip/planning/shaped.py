@@ -133,7 +133,10 @@ def key_of(site: Site, example: Example) -> tuple[Any, ...]:
 
 def stand_in(site: Site) -> nn.Linear:
     """Return the product of a recurrent layer that is this site, as a layer of its own."""
-    return products(cast(nn.RNNBase, site.module))[site.parameter]
+    product = products(cast(nn.RNNBase, site.module))[site.parameter]
+    if site.scales is not None:
+        product.__dict__["zeroskip_scales"] = site.scales
+    return product
 
 
 def probe_of(site: Site, example: Example, tokens: int) -> Probe:

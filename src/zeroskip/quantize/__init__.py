@@ -11,6 +11,7 @@ from zeroskip.quantize.groups import (
     check_scales,
     codes_of,
     group_of,
+    kinds_of,
     quantize,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "check_scales",
     "codes_of",
     "group_of",
+    "kinds_of",
     "quantize",
 ]

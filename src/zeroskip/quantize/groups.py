@@ -25,6 +25,7 @@ __all__ = [
     "check_scales",
     "codes_of",
     "group_of",
+    "kinds_of",
     "quantize",
 ]
 
@@ -153,3 +154,12 @@ def group_of(weight: Tensor, scales: Tensor, values: str) -> int | None:
     codes = (weight / spread).round()
     exact = bool(((weight - codes * spread).abs() <= weight.abs() / 256).all())
     return fits[0] if exact and LEAST[values] <= float(codes.min()) and float(codes.max()) <= LIMIT[values] else None
+
+
+def kinds_of(weight: Tensor, scales: Tensor) -> tuple[str, ...]:
+    """Return the integer types, from wide to narrow, that hold `weight` [m, k] as codes times `scales` [m, groups].
+
+    Codes of 4 bits are codes of 8 bits too. Empty where the scales are not those of this weight, because it was trained
+    on, say.
+    """
+    return tuple(values for values in LIMIT if group_of(weight, scales, values) is not None)
