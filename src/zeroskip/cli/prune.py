@@ -46,6 +46,9 @@ def prune(
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
     values: Annotated[str | None, typer.Option(help="int4 or int8, for gptq and sparsegpt+gptq.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="What embeddings and head are rounded to: int8, int4 or none.")
+    ] = None,
     permute: Annotated[
         bool, typer.Option("--permute", help="Order channels first so that a pattern keeps more.")
     ] = False,
@@ -93,6 +96,7 @@ def prune(
     asked: dict[str, Any] = {"method": method, "pattern": pattern, "sparsity": sparsity, "seed": seed}
     asked |= {"include": include or None, "exclude": exclude if exclude else ("lm_head",)}
     asked |= {"values": values, "group_size": group_size, "rotate": rotate, "permute": permute}
+    asked |= {"embeddings": embeddings}
     asked |= {"budget": budget, "target": _read_target(target)}
     read = Recipe.read(asked, recipe)
     if read.needs_data and text is None and calibration is None:

@@ -19,7 +19,7 @@ from zeroskip.prune.budgets import Budget, Target
 from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe_file import load_recipe
-from zeroskip.prune.rule import SETTINGS, Rule, check_entries, flag
+from zeroskip.prune.rule import SETTINGS, Rule, check_entries, flag, tables_rule
 from zeroskip.prune.settings import Settings
 
 __all__ = ["DEFAULTS", "Recipe"]
@@ -37,7 +37,9 @@ DEFAULTS: dict[str, Any] = {
     "permute": False,
     "budget": None,
     "target": None,
+    "embeddings": None,
 }
+YIELDING = ("group_size", "embeddings")  # what an argument may replace in a recipe
 ENTRIES = ("about", *DEFAULTS, "dense", "rules", "allocation")
 
 
@@ -135,7 +137,7 @@ class Recipe:
         for key in DEFAULTS:
             if asked.get(key) is None and key not in ("include", "exclude"):
                 continue
-            if key in asked:
+            if key in asked and not (key in YIELDING and given[key] != DEFAULTS[key]):
                 if given[key] not in (DEFAULTS[key], asked[key]):
                     raise ZeroskipError(f"{key} is {given[key]!r}, and {asked[key]!r} in the recipe: leave one out")
                 values[key] = asked[key]
@@ -150,16 +152,17 @@ class Recipe:
         rules = asked.get("rules")
         if not isinstance(rules, list | tuple | None):
             raise ZeroskipError(f"rules is a {type(rules).__name__}: give a list of maps")
+        tables = tables_rule(values["embeddings"])
         share = _Share.read(values)
         if flag(asked, "dense", "recipe"):
-            for key in (*SETTINGS, "budget", "target"):
+            for key in (*SETTINGS, "budget", "target", "embeddings"):
                 if asked.get(key) is not None or given[key] != DEFAULTS[key]:
                     raise ZeroskipError(f"the recipe leaves all layers dense: leave {key} out")
                 del values[key]
             values["dense"] = True
         else:
             values |= Settings.read(values | share.placeholder(values)).to_dict() | share.entries
-        for key in ("budget", "target"):
+        for key in ("budget", "target", "embeddings"):
             if values.get(key) is None:
                 values.pop(key, None)
         if "allocation" in asked:
@@ -168,8 +171,8 @@ class Recipe:
             values["allocation"] = asked["allocation"]
         if rules:
             values["rules"] = [dict(rule) if isinstance(rule, Mapping) else rule for rule in rules]
-        read = tuple(Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1))
-        found = Recipe(values, read, share.budget, share.target)
+        read = [Rule.read(rule, f"rule {i}") for i, rule in enumerate(rules or (), 1)]
+        found = Recipe(values, tuple(tables + read), share.budget, share.target)
         for key in ("rotate", "permute"):
             if values[key] and not any(method.needs_data for method in found.methods):
                 raise ZeroskipError(f"{key} needs a method that uses calibration data, such as wanda+ls: leave one out")

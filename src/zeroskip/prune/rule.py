@@ -11,9 +11,11 @@ from zeroskip.model import fits, site_patterns
 from zeroskip.prune.composition import Composition
 from zeroskip.prune.patterns import Pattern
 
-__all__ = ["SETTINGS", "Rule", "check_entries", "flag"]
+__all__ = ["SETTINGS", "Rule", "check_entries", "flag", "tables_rule"]
 
 SETTINGS = ("method", "pattern", "sparsity", "values", "group_size")  # what a rule may change, besides "dense"
+TABLES = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte", "word_embeddings")  # a model has few of them
+TABLE_GROUP = {"int8": None, "int4": 64}  # None: as the blocks have it
 ENTRIES = ("include", "exclude", "optional", "dense", *SETTINGS)
 
 
@@ -95,3 +97,15 @@ def flag(given: Mapping[str, Any], key: str, where: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise ZeroskipError(f"{where}: {key} is {value!r}: give true or false")
     return bool(value)
+
+
+def tables_rule(embeddings: Any) -> list[Rule]:
+    """Return the rule that rounds embeddings and head to "int8" or "int4", none for "none" or None."""
+    if embeddings is None or embeddings == "none":
+        return []
+    if not isinstance(embeddings, str) or embeddings not in TABLE_GROUP:
+        raise ZeroskipError(
+            f"embeddings is {embeddings!r}: give 'int8', 'int4' or 'none'" + suggest(str(embeddings), TABLE_GROUP)
+        )
+    entries = {"include": TABLES, "optional": True, "method": "rtn", "values": embeddings}
+    return [Rule.read(entries | {"group_size": TABLE_GROUP[embeddings]}, "embeddings")]

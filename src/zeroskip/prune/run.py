@@ -42,6 +42,7 @@ def prune(
     loss: Loss | None = None,
     values: str | None = None,
     group_size: int | None = None,
+    embeddings: str | None = None,
     rotate: bool = False,
     permute: bool = False,
     include: str | Iterable[str] | None = None,
@@ -70,9 +71,9 @@ def prune(
     text, tokenizer : optional
         Instead of `calibration`: see `zeroskip.calibrate.text_batches`.
     recipe : dict, path or name, optional
-        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size", "budget", "target",
-        "dense", "rules"}, any of them, instead of the arguments; a YAML file that says so; or one of
-        `zeroskip.recipes()`. See docs/pruning.md.
+        {"method", "pattern", "sparsity", "include", "exclude", "seed", "values", "group_size", "embeddings", "budget",
+        "target", "dense", "rules"}, any of them, instead of the arguments; a YAML file that says so; or one of
+        `zeroskip.recipes()`. Of these, `group_size` and `embeddings` give way to an argument. See docs/pruning.md.
     budget : str or dict, optional
         How the zeros are shared among the layers: one of `zeroskip.budgets()`, or {"name": "owl", option: value}.
         Without one every layer gets `sparsity`.
@@ -86,6 +87,9 @@ def prune(
     values, group_size : optional
         For methods that quantise (gptq, sparsegpt+gptq): "int4" (the default) or "int8", and how many inputs of a row
         share a scale: 32, 64 (the default) or 128. The scales stay with the module as `zeroskip_scales`.
+    embeddings : str, optional
+        What embeddings and head are rounded to, without data: "int8" (in groups as the blocks have them), "int4" (in
+        groups of 64) or "none".
     rotate : bool
         Turn the values of attention heads first, so that pruning their outputs loses less; the function stays the
         same. For patterns shared by rows, such as 8:16@64: see `zeroskip.prune.rotate`.
@@ -139,6 +143,7 @@ def prune(
         "permute": permute,
         "budget": budget,
         "target": target,
+        "embeddings": embeddings,
     }
     asked = Recipe.read(given, recipe)
     model = unwrapped(model)
