@@ -10,11 +10,17 @@ from layers import error, layer, problem
 from tiny_models import batches, llama
 
 import zeroskip
+from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
 from zeroskip.prune.base import Integers
-from zeroskip.prune.composition import Composition
+from zeroskip.prune.composition import Composition, methods
+from zeroskip.prune.descent import descend
+from zeroskip.prune.scales import group_scales, spread
+from zeroskip.prune.sparsegpt import RIDGE
 from zeroskip.quantize import LEAST, LIMIT, quantize
 
+HEADS = ("gptq", "sparsegpt+gptq", "alps+gptq")
+TAILS = ("", "+ls", "+cd", "+cd+ls")
 INTEGERS = [Integers("int4", 32), Integers("int8", 64), Integers("int4", 128)]
 
 
@@ -25,7 +31,7 @@ def run(method, w, x, pattern="unstructured", integers=INTEGERS[0]):
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(0, 99),
-    st.sampled_from(["gptq", "gptq+ls", "sparsegpt+gptq", "sparsegpt+gptq+ls"]),
+    st.sampled_from([*(head + tail for head in HEADS for tail in TAILS), "rtn"]),
     st.sampled_from(INTEGERS),
     st.sampled_from([32, 80]),
     st.sampled_from([0, 5]),
@@ -42,7 +48,7 @@ def test_weights_are_codes_times_scales_and_packing_finds_the_same_codes(seed, m
     codes = solution.weight / solution.scales.float().repeat_interleave(integers.group_size, 1)[:, :columns]
     assert torch.equal(codes.round() * (codes / codes.round()).nan_to_num(1.0).round(), codes.round())
     assert codes.min() > LEAST[integers.values] - 0.01 and codes.max() < LIMIT[integers.values] + 0.01
-    if method.startswith("gptq"):
+    if method.startswith(("gptq", "rtn")):
         assert (solution.weight[zeros] == 0).all()
     assert (solution.weight[~solution.keep] == 0).all()
 
@@ -87,3 +93,69 @@ def test_a_model_keeps_its_zeros_and_its_scales(dtype):
     assert all(torch.equal(a.scales, b.scales) for a, b in zip(find_sites(model), find_sites(twin), strict=True))
     zeroskip.prune(model, "magnitude", sparsity=0.6)
     assert all(site.scales is None for site in find_sites(model))  # they are no longer true of the weights
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 999),
+    st.sampled_from(INTEGERS),
+    st.sampled_from([1, 7, 31]),
+    st.sampled_from([5, 33, 130, 200]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_descent_never_moves_a_zero_and_never_loses(seed, integers, rows, columns, zeros):
+    w, x = layer(seed, rows=rows, columns=columns, tokens=60)
+    draw = torch.Generator().manual_seed(seed)
+    keep = torch.rand(w.shape, generator=draw) >= zeros
+    scales = group_scales(w, torch.ones(columns), integers)
+    step = spread(scales, integers, columns)
+    begun = torch.where(keep, (w / step).round().clamp_(LEAST[integers.values], LIMIT[integers.values]) * step, 0.0)
+    gram = x.t() @ x
+    found = descend(w, begun, step, keep, gram, integers.values)
+    codes = (found / step).round()
+    assert torch.equal(codes * step, found) and (found[~keep] == 0).all()
+    assert codes.min() >= LEAST[integers.values] and codes.max() <= LIMIT[integers.values]
+    metric = gram.double() + RIDGE * gram.double().diagonal().diag()
+
+    def loss(v):
+        change = w.double() - v.double()
+        return ((change @ metric) * change).sum(1)
+
+    assert (loss(found) <= loss(begun) * (1 + 1e-5) + 1e-9).all(), "row by row"
+    # Where it has settled, no single code of any row can be better.
+    again = descend(w, found, step, keep, gram, integers.values)
+    assert (loss(again) <= loss(found) * (1 + 1e-5) + 1e-9).all()
+
+
+def test_descent_finds_what_a_search_over_all_codes_finds_for_one_weight_at_a_time():
+    """When nothing changes any more, each kept code is the best of all, the others of its row as they are."""
+    integers = Integers("int4", 32)
+    w, x = layer(5, rows=6, columns=24, tokens=80)
+    keep = torch.rand(w.shape, generator=torch.Generator().manual_seed(5)) >= 0.4
+    step = spread(group_scales(w, torch.ones(24), integers), integers, 24)
+    gram, found = x.t() @ x, torch.zeros_like(w)
+    for _ in range(20):
+        found = descend(w, found, step, keep, gram, "int4")
+    metric = gram.double() + RIDGE * gram.double().diagonal().diag()
+    for row, column in keep.nonzero().tolist():
+        losses = []
+        for code in range(LEAST["int4"], LIMIT["int4"] + 1):
+            change = (w[row] - found[row]).double()
+            change[column] = w[row, column].double() - code * step[row, column].double()
+            losses.append(float(change @ metric @ change))
+        here = round(float(found[row, column] / step[row, column])) - LEAST["int4"]
+        assert losses[here] <= min(losses) * (1 + 1e-4) + 1e-9
+
+
+def test_descent_makes_up_for_more_than_a_sweep():
+    for seed in range(3):
+        w, x = layer(seed, columns=128, tokens=600)
+        for head in ("gptq", "sparsegpt+gptq"):
+            assert error(w, run(f"{head}+cd", w, x).weight, x) < error(w, run(head, w, x).weight, x)
+        assert error(w, run("alps+gptq+cd", w, x).weight, x) < error(w, run("sparsegpt+gptq", w, x).weight, x)
+
+
+def test_descent_needs_integers():
+    with pytest.raises(ZeroskipError, match="'cd' moves integers, and 'wanda' makes none"):
+        Composition.parse("wanda+cd")
+    assert "gptq+cd" in methods() and "wanda+cd" not in methods()

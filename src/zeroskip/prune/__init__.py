@@ -12,11 +12,12 @@ from zeroskip.prune.obs import Obs  # isort: skip
 from zeroskip.prune.snip import Snip  # isort: skip
 from zeroskip.prune.grasp import Grasp  # isort: skip
 from zeroskip.prune.synflow import SynFlow  # isort: skip
-from zeroskip.prune.gptq import Gptq, SparseGPTQ  # isort: skip
+from zeroskip.prune.gptq import AlpsGPTQ, Gptq, SparseGPTQ  # isort: skip
 from zeroskip.prune.rtn import Rtn  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver
 from zeroskip.prune.budgets import Budget, budgets
 from zeroskip.prune.composition import Composition, methods
+from zeroskip.prune.descent import CoordinateDescent
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe import Recipe
@@ -28,8 +29,10 @@ from zeroskip.prune.tune import Tune
 __all__ = [
     "Admm",
     "Alps",
+    "AlpsGPTQ",
     "Budget",
     "Composition",
+    "CoordinateDescent",
     "DSnoT",
     "Fista",
     "Gptq",

@@ -168,11 +168,18 @@ class Method:
 
 
 class Solver:
-    """What may follow a method behind a '+': it changes the kept weights, never the support."""
+    """What may follow a method behind a '+': it changes the kept weights, never the support.
+
+    Attributes
+    ----------
+    rounds : bool
+        Whether it only serves methods that quantise.
+    """
 
     known: ClassVar[dict[str, type[Solver]]] = {}
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    rounds: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         Solver.known[cls.name] = cls

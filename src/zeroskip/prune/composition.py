@@ -12,9 +12,12 @@ __all__ = ["Composition", "methods"]
 
 def methods() -> list[str]:
     """Return the names that `prune` takes: every method alone, with every solver, and with all of them behind it."""
-    tails = ["", *(f"+{solver}" for solver in Solver.known)]
-    more = [f"{tails[-1]}+{solver}" for solver in BlockSolver.known]
-    return [name + tail for name, kind in Method.known.items() for tail in (tails if kind.quantizes else tails + more)]
+    plain = ["", *(f"+{name}" for name, solver in Solver.known.items() if not solver.rounds)]
+    blocks = [f"{plain[-1]}+{solver}" for solver in BlockSolver.known]
+    codes = ["", *(f"+{solver}" for solver in Solver.known)]
+    return [
+        name + tail for name, kind in Method.known.items() for tail in (codes if kind.quantizes else plain + blocks)
+    ]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Composition:
         blocks = [tail for tail in tails if tail in BlockSolver.known]
         if not head or tails != sites + blocks:
             raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
+        lost = [tail for tail in sites if Solver.known[tail].rounds and not Method.known[head].quantizes]
+        if lost:
+            raise ZeroskipError(f"method {name!r}: {lost[0]!r} moves integers, and {head!r} makes none; leave it out")
         if blocks and Method.known[head].quantizes:
             raise ZeroskipError(f"method {name!r}: {blocks[0]!r} would move weights off their integers; leave it out")
         return Composition(

@@ -5,13 +5,17 @@ and the error goes on to the kept weights after it. The scale of a row's group o
 are meant: the largest of them over the largest code, or the fraction of it that rounds with the least error, each
 input weighed by its energy G_jj.
 
-"sparsegpt+gptq" chooses zeros and rounds in the one sweep, each seeing the errors of the other.
+"sparsegpt+gptq" chooses zeros and rounds in the one sweep, each seeing the errors of the other. "alps+gptq" finds the
+zeros and the weights that make up for them first, all rows and columns together, and rounds those.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
+from zeroskip.prune.alps import Alps
 from zeroskip.prune.base import Integers, Method, Problem, Solution
 from zeroskip.prune.numerics import inverse_factor, unit_gram
 from zeroskip.prune.patterns import Block, Pattern
@@ -51,6 +55,23 @@ class SparseGPTQ(Method):
 
     def run(self, problem: Problem) -> Solution:
         return _rounded(problem, problem.pattern)
+
+
+class AlpsGPTQ(Method):
+    """Serves every pattern.
+
+    Source: `alps` and `gptq`, one behind the other; the sweep starts from the solve on the support, where no move of a
+    kept weight helps to first order, so that all it has to make up for is rounding.
+    """
+
+    name = "alps+gptq"
+    needs = ("gram",)
+    quantizes = True
+
+    def run(self, problem: Problem) -> Solution:
+        sparse = Alps().run(problem)
+        found = _rounded(replace(problem, weight=sparse.weight), sparse.keep)
+        return Solution(found.keep, found.weight, sparse.notes + found.notes, found.scales)
 
 
 def _rounded(problem: Problem, support: Pattern | Tensor) -> Solution:
