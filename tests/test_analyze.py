@@ -18,6 +18,7 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.break_even import crossing
 from zeroskip.planning.zeros import find_zeros
+from zeroskip.prune import prune
 
 
 def faster_when_sparser(name: str) -> float:
@@ -54,6 +55,22 @@ def test_do_not_bother(monkeypatch: pytest.MonkeyPatch) -> None:
     assert points and all(point.sparsity == pytest.approx(0.5) for point in points)
     assert "N:16@64 zeros from 50% on (strip_nm)" in answer.advice
     assert {str(point) for point in points if point.pattern == "N:16@64"} == {"50%"}
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_dense_integers_of_a_solver_pay(monkeypatch: pytest.MonkeyPatch, zeros: bool) -> None:
+    inject(monkeypatch, prefer("dense int4"))
+    net = Net()
+    if not zeros:
+        for layer in (net.first, net.third):
+            torch.nn.init.normal_(layer.weight)
+    prune(net, "rtn", values="int4", group_size=32)
+    answer = analyze(net, tokens=(1, 8))
+    assert [site.label for site in answer.sites] == ["dense int4"] * 3
+    assert answer.advice.startswith("Compile it: 3 of 3 linear layers run faster as dense integers")
+    assert "10.00x at 1 token, 10.00x at 8 tokens" in answer.advice
+    assert ("zeros gain nothing beyond that" in answer.advice) == zeros
+    assert {name.split()[1] for name in answer.break_even} == {"int4"}
 
 
 def test_no_zeros_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from zeroskip.prune import budgets, methods, prune, recipes
 from zeroskip.planning.plan import Plan, plan_of
 from zeroskip.compile import compile
 from zeroskip.analyze import analyze
+from zeroskip.compare import compare
 from zeroskip.io import load, save
 from zeroskip.quality import perplexity
 
@@ -22,6 +23,6 @@ _plugin.install()
 
 __version__ = "0.1.0"
 __all__ = [
-    "Packed", "Plan", "ZeroskipError", "analyze", "budgets", "compile", "formats", "isa", "linear", "load", "methods",
-    "pack", "perplexity", "plan_of", "prune", "recipes", "save", "unpack",
+    "Packed", "Plan", "ZeroskipError", "analyze", "budgets", "compare", "compile", "formats", "isa", "linear", "load",
+    "methods", "pack", "perplexity", "plan_of", "prune", "recipes", "save", "unpack",
 ]  # fmt: skip

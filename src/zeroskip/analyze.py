@@ -13,21 +13,23 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.model import unwrapped
+from zeroskip.model import Site, unwrapped
 from zeroskip.planning.break_even import BreakEven, break_even
-from zeroskip.planning.candidates import NAMES, PRECISIONS, check_precision
-from zeroskip.planning.install import compiled_layers, thaw
+from zeroskip.planning.candidates import PRECISIONS, allowed_values, check_precision
+from zeroskip.planning.install import compiled_layers, thaw, weights_of
 from zeroskip.planning.machine import Machine, this_machine
 from zeroskip.planning.plan import SitePlan, plain
-from zeroskip.planning.planner import Planner, plannable
+from zeroskip.planning.planner import Planner, plannable, recorded_kinds
 from zeroskip.planning.shaped import examples_of
 from zeroskip.planning.tokens import Tokens
+from zeroskip.quantize import LIMIT
 
 __all__ = ["Analysis", "analyze"]
 
 log = logging.getLogger(__name__)
 
 PAYS = 1.02  # over all linear layers; below this nobody will notice
+BY_ROUNDING = 0.25  # zeros; rounding to 4 bits leaves some, but not so many
 
 
 @dataclass
@@ -117,7 +119,7 @@ def analyze(
     working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
     planner = Planner(wanted, precision, working_set, budget_s)
     plain_sites = [site for site in sites if site.name not in examples]
-    shapes = sorted({(*site.shape[1:], _values(site.weight().dtype, precision)) for site in plain_sites})
+    shapes = sorted({(*site.shape[1:], _values(site, precision)) for site in plain_sites})
     steps = len(sites) + len(shapes)
     for done, site in enumerate(sites, start=1):
         answer.sites.append(planner.plan(site, answer.notes, examples.get(site.name)))
@@ -149,6 +151,19 @@ def advise(answer: Analysis) -> str:
         return (
             f"Compile it: {len(packed)} of {len(sites)} linear layers run faster sparse, all of them together {gains} "
             f"against the fastest dense layers, in {after / before:.0%} of the bytes."
+        )
+    integers = [site for site in sites if site.format == "dense" and site.values in LIMIT]
+    if integers and max(_over(sites, t) for t in answer.gains) >= PAYS:
+        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+        each = ", ".join(f"{_over(sites, t):.2f}x at {_tokens(t)}" for t in answer.gains)
+        idle = (
+            ", and their zeros gain nothing beyond that here"
+            if any(site.sparsity > BY_ROUNDING for site in sites)
+            else ""
+        )
+        return (
+            f"Compile it: {len(integers)} of {len(sites)} linear layers run faster as dense integers, all of them "
+            f"together {each} against the layers as they are, in {after / before:.0%} of the bytes{idle}."
         )
     if not pruned:
         return f"There is nothing to gain yet, for no layer has zeros: prune it first; {_least(answer)}."
@@ -190,11 +205,21 @@ def _gain(sites: list[SitePlan], tokens: int) -> float:
     return dense / chosen
 
 
-def _values(dtype: Any, precision: str | None) -> str:
+def _over(sites: list[SitePlan], tokens: int) -> float:
+    """Return the time of the layers as they stand over that of the layouts chosen, summed over the sites."""
+    stands = chosen = 0.0
+    for site in sites:
+        count = tokens if tokens in site.speedups[site.label] else next(iter(site.speedups[site.label]))
+        stands += site.time_ms(f"linear {site.dtype}", count)
+        chosen += site.time_ms(site.label, count)
+    return stands / chosen
+
+
+def _values(site: Site, precision: str | None) -> str:
     """The storage for which break-even is measured: the narrowest that is allowed."""
-    own = NAMES.get(dtype, "fp32")
-    own = own if own in PRECISIONS else "fp32"
-    return max(own, precision or own, key=PRECISIONS.index)
+    weight = weights_of(site)[0]
+    allowed = allowed_values(weight.dtype, precision, recorded_kinds(site, weight))
+    return max(allowed, key=PRECISIONS.index, default="fp32")
 
 
 def _tokens(count: int) -> str:

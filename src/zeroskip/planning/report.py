@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zeroskip.analyze import Analysis
+    from zeroskip.compare import Comparison
     from zeroskip.planning.plan import Plan, SitePlan
 
-__all__ = ["analysis_table", "human_bytes", "plan_table", "table"]
+__all__ = ["analysis_table", "comparison_table", "human_bytes", "plan_table", "table"]
 
 WIDTH = 118
 
@@ -136,3 +137,34 @@ def _site_rows(answer: Analysis) -> list[list[str]]:
             rows.append([*head, *cells_of_layout])
             head = ["", "", ""]
     return rows
+
+
+def comparison_table(answer: Comparison) -> str:
+    """Return a comparison of recipes as text: the advice, and a line for each recipe."""
+    counts = answer.tokens.counts
+    header = [
+        "recipe",
+        "weights",
+        *[f"ms at {t}" for t in counts],
+        *[f"x at {t}" for t in counts],
+        "perplexity",
+        "layers",
+    ]
+    rows: list[list[str]] = []
+    for one in answer.recipes:
+        mark = "*" if one.recipe == answer.best else ""
+        if one.problem is not None:
+            rows.append([one.recipe, "-", *["-"] * (2 * len(counts) + 1), one.problem])
+            continue
+        score = "-" if one.perplexity is None else f"{one.perplexity:.2f}"
+        times = [f"{one.ms[t]:.3g}" if t in one.ms else "-" for t in counts]
+        ratios = [f"{one.gains[t]:.2f}" if t in one.gains else "-" for t in counts]
+        layers = ", ".join(f"{count} {label}" for label, count in one.layouts.items())
+        rows.append([one.recipe + mark, human_bytes(one.nbytes), *times, *ratios, score, layers])
+    lines = [f"recipes on {answer.machine}", "", _wrap(answer.advice, 0), "", *table(header, rows)]
+    lines.append(
+        "ms, x at T: all linear layers one after the other, and how many times as fast as they stand, at T tokens"
+    )
+    if answer.about:
+        lines.append(f"perplexity on {answer.about}")
+    return "\n".join(lines + [_wrap(f"note: {note}", 2) for note in answer.notes])
