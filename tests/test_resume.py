@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_models import batches, llama, t5
 
 from zeroskip.errors import ZeroskipError
@@ -127,12 +128,26 @@ def test_what_is_no_journal_is_left_alone(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_two_runs_do_not_share_a_journal(tmp_path):
+    refused = []
+
+    def progress(done, total, name):
+        if done == 1:
+            with pytest.raises(ZeroskipError, match="is in use by another run") as caught:
+                prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+            refused.append(caught)
+
+    prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j", progress=progress)
+    assert len(refused) == 1
+    prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+
+
 def test_a_full_disk_gets_one_line_and_keeps_what_is_finished(tmp_path, monkeypatch):
     real, syncs = os.fsync, []
 
     def fsync(file):
         syncs.append(file)
-        if len(syncs) == 5:  # each file is synced, and its directory: the head, the first block, then this one
+        if len(syncs) == 9:  # each file is synced, and its directory: the head, two of the first block, then the second
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file)
 
@@ -140,18 +155,64 @@ def test_a_full_disk_gets_one_line_and_keeps_what_is_finished(tmp_path, monkeypa
     with pytest.raises(ZeroskipError, match=r"00001\.safetensors: cannot be written: the disk is full") as caught:
         prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["00000.safetensors", "journal.json"]
+    left = sorted(path.name for path in (tmp_path / "j").iterdir())
+    assert left == ["00000.json", "00000.safetensors", "00001.json", "journal.json"]
     prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
     with pytest.raises(ZeroskipError, match="cannot be made"):
         prune(llama(), "magnitude", pattern="2:4", journal="/proc/none/j")
 
 
-def test_damage_gets_one_line(tmp_path):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def retell(path):
+    path.write_text(path.read_text().replace('"sparsity": 0.5', '"sparsity": 0.9'))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("00001.safetensors", cut),
+        ("00001.safetensors", flip),
+        ("00001.scales", flip),
+        ("00001.scales", Path.unlink),
+        ("00001.json", retell),
+        ("00001.json", cut),
+        ("00001.json", Path.unlink),
+    ],
+)
+def test_damage_gets_one_line_and_the_run_goes_on_without_the_block(tmp_path, file, damage):
+    given = {"pattern": "2:4", "calibration": batches("llama", 1), "journal": tmp_path / "j"}
+    prune(whole := llama(), "sparsegpt+gptq", **given)
+    damage(tmp_path / "j" / file)
+    with pytest.raises(ZeroskipError, match=r"00001\.safetensors is damaged .*: delete") as caught:
+        prune(llama(), "sparsegpt+gptq", **given)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "j" / "00001.safetensors").unlink()
+    prune(again := llama(), "sparsegpt+gptq", **given)
+    assert all(torch.equal(value, bits(again)[name]) for name, value in bits(whole).items())
+
+
+def test_a_damaged_head_gets_one_line(tmp_path):
     prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
-    record = tmp_path / "j" / "00001.safetensors"
-    record.write_bytes(record.read_bytes()[:-10])
-    with pytest.raises(ZeroskipError, match=r"00001\.safetensors is damaged"):
-        prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
     (tmp_path / "j" / "journal.json").write_text(json.dumps([]))
     with pytest.raises(ZeroskipError, match="is not readable"):
         prune(llama(), "magnitude", pattern="2:4", journal=tmp_path / "j")
+
+
+def test_equal_runs_record_equal_weights(tmp_path):
+    for name in ("one", "two"):
+        prune(llama(), "wanda", pattern="2:4", calibration=batches("llama", 1), journal=tmp_path / name, stream=True)
+    files = sorted((tmp_path / "one").glob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}

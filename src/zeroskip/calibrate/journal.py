@@ -2,14 +2,16 @@
 
 journal.json        what the run is: fingerprints of recipe, weights and data
 allocation.json     what the budget of the run decided, where it has one
-00003.safetensors   the finished weights of the fourth block; its metadata holds the report rows
-00003.scales        of the same kind: the scales of those weights that a solver rounded
+00003.safetensors   the finished weights of the fourth block; once this file is there, the block is finished
+00003.json          its report rows, and a hash of all that was recorded of it
+00003.scales        of the same kind as the weights: the scales of those that a solver rounded
 
-A file of weights can become a file of the stored model as it is. Each file is written beside, flushed to the disk and
-renamed, so it is there whole or not at all. Random numbers need no record: every site draws from its own generator,
-seeded from the recipe and its name, and every forward pass is seeded. Statistics need none either: they belong to
-unfinished blocks, and activations are recomputed through the finished ones by the same steps as in the first run, so
-the resumed result has the same bits (on the same machine with the same number of threads).
+A file of weights can become a file of the stored model as it is, so it holds nothing else: two equal runs give equal
+files. Each file is written beside, flushed to the disk and renamed, so it is there whole or not at all. Random numbers
+need no record: every site draws from its own generator, seeded from the recipe and its name, and every forward pass is
+seeded. Statistics need none either: they belong to unfinished blocks, and activations are recomputed through the
+finished ones by the same steps as in the first run, so the resumed result has the same bits (on the same machine with
+the same number of threads).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,13 @@ from zeroskip.calibrate.data import Batch
 from zeroskip.calibrate.digest import digest
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import container
+from zeroskip.io.lock import locked
 
 __all__ = ["Journal"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
-EMPTY: Mapping[str, str] = {}
+VERSION = 3
 
 
 class Journal:
@@ -56,12 +59,13 @@ class Journal:
     Raises
     ------
     ZeroskipError
-        If `path` is a file or a directory of something else, or a journal of another recipe, model or data, or cannot
-        be written.
+        If `path` is a file or a directory of something else, or a journal of another recipe, model or data, or in use,
+        or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], model: nn.Module, recipe: Mapping[str, Any], batches: list[Batch]):
         self.path = Path(path)
+        self._own: set[int] = set()  # blocks that were recorded by this run
         mine = {
             "version": VERSION,
             "recipe": hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=16).hexdigest(),
@@ -71,10 +75,26 @@ class Journal:
         head = self.path / "journal.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = ExitStack()
+            free = self._lock.enter_context(locked(self.path))
         except FileExistsError:
             raise ZeroskipError(f"journal {self.path} is a file: name a directory") from None
         except OSError as error:
             raise ZeroskipError(f"journal {self.path} cannot be made: {error.strerror or error}") from error
+        try:
+            if free is False:
+                raise ZeroskipError(f"journal {self.path} is in use by another run: wait for it, or stop it")
+            self._begin(head, mine)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other runs use the directory."""
+        self._lock.close()
+
+    def _begin(self, head: Path, mine: Mapping[str, Any]) -> None:
+        """Check that what is in the directory is of this run, or make the directory one of it."""
         if head.exists():
             try:
                 found = json.loads(head.read_text())
@@ -96,27 +116,39 @@ class Journal:
         return sorted(self.path.glob("[0-9]*.safetensors"))
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Any] | None:
-        """Return (weights by name, scales by site, the value recorded with them) of a finished block, or None.
+        """Return (weights by name, scales by site, the rows recorded with them) of a finished block, or None.
 
         The tensors are mapped: they take no memory of their own until they are written to.
+
+        Raises
+        ------
+        ZeroskipError
+            If a file is missing or damaged, or the weights are not those that were recorded.
         """
         path = self._block(index)
         if not path.exists():
             return None
-        beside = path.with_suffix(".scales")
-        weights, metadata = _mapped(path)
-        scales = _mapped(beside)[0] if beside.exists() else {}
+        beside, about = path.with_suffix(".scales"), path.with_suffix(".json")
+        weights = _mapped(path, path)
+        scales = _mapped(beside, path) if beside.exists() else {}
         try:
-            return weights, scales, json.loads(metadata["rows"])
-        except (ValueError, KeyError) as error:
-            raise _damaged(path, error) from None
+            said = json.loads(about.read_text())
+            rows, content = said["rows"], said["content"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise _damaged(path, f"{about.name} beside it does not say what it holds") from None
+        if index not in self._own and _content(weights, scales, rows) != content:
+            raise _damaged(path, "it, its scales or its rows are not what was recorded")
+        return weights, scales, rows
 
     def record(self, index: int, weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], rows: Any) -> None:
         """Write a finished block; when this returns it is on the disk."""
         path = self._block(index)
         if scales:
-            self._write(path.with_suffix(".scales"), scales, {})
-        self._write(path, weights, {"rows": json.dumps(rows)})
+            self._write(path.with_suffix(".scales"), scales)
+        about = {"content": _content(weights, scales, rows), "rows": rows}
+        self._write(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
+        self._write(path, weights)
+        self._own.add(index)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a JSON value that is made once: what the journal holds under this name, or what `make` returns."""
@@ -133,7 +165,7 @@ class Journal:
     def _block(self, index: int) -> Path:
         return self.path / f"{index:05d}.safetensors"
 
-    def _write(self, path: Path, content: bytes | Mapping[str, Tensor], metadata: Mapping[str, str] = EMPTY) -> None:
+    def _write(self, path: Path, content: bytes | Mapping[str, Tensor]) -> None:
         beside = path.with_name(path.name + ".new")
         try:
             beside.unlink(missing_ok=True)  # of a run that was killed
@@ -143,7 +175,7 @@ class Journal:
                     file.flush()
                     os.fsync(file.fileno())
             else:
-                container.write(beside, content, {"format": "pt", **metadata})
+                container.write(beside, content, {"format": "pt"})
             os.replace(beside, path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -156,16 +188,20 @@ class Journal:
             os.close(directory)
 
 
-def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _content(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], rows: Any) -> str:
+    return digest([dict(sorted(weights.items())), dict(sorted(scales.items())), json.dumps(rows)]).hex()
+
+
+def _mapped(path: Path, block: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(block, f"{path.name}: {error}") from None
 
 
-def _damaged(path: Path, error: Exception) -> ZeroskipError:
-    return ZeroskipError(f"{path} is damaged ({error}): delete it, and the run goes on from there")
+def _damaged(path: Path, why: str) -> ZeroskipError:
+    return ZeroskipError(f"{path} is damaged ({why}): delete it, and the run goes on from there")
 
 
 def site_seed(seed: int, name: str) -> int:
