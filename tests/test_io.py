@@ -6,6 +6,9 @@ import copy
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import torch
 from io_models import KINDS, Plain, pack_sites, plain, same
 from torch import nn
 
+from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import container, load, save
 from zeroskip.io.container import read_header
+from zeroskip.io.save import staged
 from zeroskip.prune.report import Report
 
 torch.set_num_threads(1)
@@ -114,19 +119,32 @@ def test_report_and_dtypes_come_back(tmp_path: Path) -> None:
 def test_a_prepacked_layer_is_written_without_a_second_copy_of_all(tmp_path: Path, monkeypatch: Any) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval()
     pack_sites(model, kinds=("onednn",))
-    alive: list[int] = []
-    write = container._write_tensor
+    told: list[str] = []
+    write, weight = container._write_tensor, OneDnnLinear.weight.fget
 
-    def counting(file: Any, tensor: torch.Tensor) -> None:
-        alive.append(sum(isinstance(t, torch.Tensor) and t.shape == (64, 64) for t in [tensor]))
+    def writing(file: Any, tensor: torch.Tensor) -> None:
+        told.append("written" if tensor.shape == (64, 64) else "other")
         write(file, tensor)
 
-    monkeypatch.setattr(container, "_write_tensor", counting)
+    def unpacking(layer: Any) -> Any:
+        told.append("unpacked")
+        return weight(layer)
+
+    monkeypatch.setattr(container, "_write_tensor", writing)
+    monkeypatch.setattr(OneDnnLinear, "weight", property(unpacking))
     save(model, tmp_path / "out")
-    assert sum(alive) == 4
+    assert [what for what in told if what != "other"] == ["unpacked", "written"] * 4
+    monkeypatch.undo()
     x = torch.randn(3, 64)
     fresh = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     assert torch.allclose(load(tmp_path / "out", model=fresh)(x), model(x), atol=1e-5)
+
+
+def test_a_model_under_torch_compile_is_filled(tmp_path: Path) -> None:
+    model = plain(KINDS)
+    save(torch.compile(model), tmp_path / "out")
+    wrapped = torch.compile(Plain())
+    assert load(tmp_path / "out", model=wrapped) is wrapped and same(wrapped._orig_mod, model)
 
 
 # Failures while storing
@@ -144,6 +162,47 @@ def test_a_directory_in_use_is_refused(tmp_path: Path, content: str) -> None:
         save(plain(), target)
     assert (target if content == "file" else target / "mine").read_text() == "mine"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_the_directory_one_is_in_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", tmp_path, "../" + tmp_path.name):
+        with pytest.raises(ZeroskipError, match="is the directory you are in"):
+            save(plain(), name)
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from torch import nn
+from zeroskip.io import container, save
+write = container._write_tensor
+
+def last_words(*given):
+    write(*given)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+container._write_tensor = last_words
+save(nn.Linear(8, 8), sys.argv[1])
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_is_not_disturbed(tmp_path: Path) -> None:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    target, other = tmp_path / "out", tmp_path / "other"
+    for where in (target, other):
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED, str(where)], env=os.environ | {"PYTHONPATH": paths}, check=False
+        )
+        assert run.returncode == -signal.SIGKILL
+    first, second = sorted(os.listdir(tmp_path))
+    assert first.startswith(".other.") and second.startswith(".out.")  # beside, never under the name itself
+    with staged(target) as living:
+        (living / "mine").write_text("mine")
+        with pytest.raises(RuntimeError), staged(target):
+            raise RuntimeError
+        assert sorted(os.listdir(tmp_path)) == sorted([first, living.name]) and (living / "mine").exists()
+    assert sorted(os.listdir(tmp_path)) == [first, "out"] and os.listdir(target) == ["mine"]
 
 
 def test_an_empty_directory_and_missing_parents_are_fine(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def compile(
     """
     counts = token_counts(tokens)
     from zeroskip.cli import models
+    from zeroskip.io.save import check_new
     from zeroskip.planning.candidates import check_precision
 
-    models.output_directory(out)
+    check_new(out)
     check_precision(precision)
     with step(f"loading {model}"):
         network = models.load(model)

@@ -12,7 +12,7 @@ from torch import nn
 from zeroskip.errors import ZeroskipError, first_line
 from zeroskip.io.companions import TOKENIZERS, copy_companions
 
-__all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer", "output_directory"]
+__all__ = ["Companions", "is_causal_lm", "load", "load_tokenizer"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -78,19 +78,6 @@ def is_causal_lm(model: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def output_directory(path: Path) -> Path:
-    """Return `path` if a model can be stored there.
-
-    Raises
-    ------
-    ZeroskipError
-        If it exists and holds anything, or is a file.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ZeroskipError(f"{path}: exists and is not an empty directory; choose another name or remove it")
-    return path
 
 
 class Companions:

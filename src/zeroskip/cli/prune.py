@@ -87,9 +87,10 @@ def prune(
     OUT is there: interrupted or killed, the same command goes on where it stopped and gives the same result.
     """
     from zeroskip.cli import models
+    from zeroskip.io.save import check_new
     from zeroskip.prune.recipe import Recipe
 
-    models.output_directory(out)
+    check_new(out)
     if text is not None and calibration is not None:
         raise ZeroskipError("give --text or --calibration, not both")
     # What can be refused without the model is refused before a large one is loaded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Later
+from zeroskip.io.lock import locked
 from zeroskip.io.scales import scales_of, write_scales
 from zeroskip.model import unwrapped
 
@@ -96,6 +98,8 @@ def save(
 def check_new(directory: str | os.PathLike[str]) -> Path:
     """Return where a directory of this name lies, unless there is something already."""
     target = Path(os.path.realpath(directory))
+    if target.exists() and os.path.samefile(target, os.curdir):
+        raise ZeroskipError(f"{directory}: is the directory you are in, which would be replaced; name a new one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")
     return target
@@ -175,13 +179,22 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Yield a new directory beside `target`; rename it at the end, remove it and the parents made for it on failure."""
+    """Yield a new directory beside `target`; rename it at the end, remove it and the parents made for it on failure.
+
+    What a process that was killed left there on its way to the same target is removed. A stage that is being written
+    is locked, and the lock ends with its process.
+    """
     made = [parent for parent in target.parents if not parent.exists()]
     stage = target.parent / f".{target.name}.{secrets.token_hex(4)}.saving"
     try:
         stage.mkdir(parents=True)
-        yield stage
-        os.rename(stage, target)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.saving"):
+            with suppress(OSError), locked(left) as had:
+                if had and left != stage:
+                    shutil.rmtree(left)
+        with locked(stage):
+            yield stage
+            os.rename(stage, target)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         for parent in made:
