@@ -90,8 +90,8 @@ class PackedLinear(nn.Module):
 class Siblings:
     """Packed layers that a model feeds the same tensor (queries, keys, values), all computed when the first is called.
 
-    The others then find their result: for the very tensor that the first one got, once. With any other tensor each
-    computes its own, so nothing depends on the model's keeping to what was traced. Weights stay where they are, each
+    The others then find their result: for the very tensor that the first one got, once. Otherwise each computes its
+    own, so nothing depends on the model's keeping to what was traced. Weights stay where they are, each
     layer's its own; under torch.compile the layers are computed apart.
 
     Parameters
@@ -103,7 +103,7 @@ class Siblings:
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
         # One tuple, replaced as a whole: threads that run the model at once find their own tensor in it or compute.
-        self._last: tuple[Tensor, list[Tensor]] | None = None
+        self._last: tuple[Tensor, dict[PackedLinear, Tensor]] | None = None
 
     def join(self) -> None:
         """Let the layers be computed together from now on."""
@@ -119,14 +119,15 @@ class Siblings:
         """Return the output of one of the layers for x [..., k]."""
         if layer is self.layers[0]:
             outputs = call_many(x, [_part(each) for each in self.layers])
-            self._last = (x, outputs)
+            self._last = (x, dict(zip(self.layers[1:], outputs[1:], strict=True)))
             return outputs[0]
         last = self._last
         if last is not None and last[0] is x:
-            place = self.layers.index(layer)
-            if place == len(self.layers) - 1:
+            y = last[1].pop(layer, None)  # no other caller may write into what this one is given
+            if not last[1]:
                 self._last = None  # nothing of the activations is kept
-            return last[1][place]
+            if y is not None:
+                return y
         return call_many(x, [_part(layer)])[0]
 
     def __getstate__(self) -> dict[str, tuple[PackedLinear, ...]]:
