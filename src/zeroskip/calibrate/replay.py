@@ -17,7 +17,6 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,37 +25,12 @@ from torch.utils import _pytree as pytree
 
 from zeroskip.calibrate.data import Batch
 from zeroskip.calibrate.digest import digest
+from zeroskip.calibrate.record import Block, Record, Trace, copied
 from zeroskip.errors import ZeroskipError, first_line
 
 __all__ = ["Block", "Record", "Replay"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A module whose calls are replayed. `group` is the list it came from; "" as name is the whole model."""
-
-    name: str
-    module: nn.Module
-    group: str
-
-
-@dataclass
-class Record:
-    """What the finished calls of one batch returned, in call order."""
-
-    blocks: list[Block] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-
-
-@dataclass
-class _Trace:
-    """One plain forward: which block each call ran, digests of its arguments, which outputs later calls read."""
-
-    blocks: list[Block] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    read: set[tuple[int, int]] = field(default_factory=set)  # (call, output leaf)
 
 
 class _Stop(BaseException):
@@ -169,7 +143,7 @@ class Replay:
 
         def after(_: int, which: Block, output: Any) -> None:
             new.blocks.append(which)
-            new.outputs.append(pytree.tree_map(_copy, output))
+            new.outputs.append(pytree.tree_map(copied, output))
 
         self._forward(batch, record, before=before, after=after)
         if not self.keep_all:
@@ -191,8 +165,8 @@ class Replay:
                 leaves[index] = leaf.new_full((1,) * leaf.dim(), torch.nan).expand(leaf.shape)
         return pytree.tree_unflatten(leaves, shape)
 
-    def _plain(self, batch: Batch) -> _Trace:
-        trace = _Trace()
+    def _plain(self, batch: Batch) -> Trace:
+        trace = Trace()
         alive: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
         def before(call: int, which: Block, args: Any, kwargs: Any) -> None:
@@ -246,7 +220,7 @@ class Replay:
                 nonlocal calls
                 call, calls = calls, calls + 1
                 if call < len(record.outputs):
-                    return pytree.tree_map(_copy, record.outputs[call])
+                    return pytree.tree_map(copied, record.outputs[call])
                 if before is not None:
                     before(call, block, args, kwargs)
                 with contextlib.suppress(TypeError):
@@ -307,8 +281,3 @@ def _called_as_modules() -> Iterator[None]:
 
 def _stop(*_: Any) -> None:
     raise _Stop
-
-
-def _copy(leaf: Any) -> Any:
-    """A copy of an output, because the model's glue may write into what it gets."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
