@@ -4,105 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.formats import names
 from zeroskip.planning.machine import Machine
+from zeroskip.planning.site_plan import SitePlan, by_tokens
 from zeroskip.planning.tokens import Tokens
 
 __all__ = ["Fused", "ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
 
 VERSION = 1
-Buckets = list[tuple[int | None, str]]
-
-
-@dataclass
-class SitePlan:
-    """One site of a plan.
-
-    Attributes
-    ----------
-    name : str
-        The module's path in the model.
-    shape : (m, k)
-        Outputs and inputs.
-    dtype : str
-        Of the dense weight: ``'fp32'``.
-    pattern : str
-        Of the zeros as found: ``'8:16@64'``, ``'unstructured'``, ``'dense'``.
-    sparsity : float
-        Fraction of zeros.
-    format, values : str
-        What is installed: a registered format, or ``'linear'`` / ``'onednn'`` (torch computes).
-    kernels : list of (most tokens or None, kernel)
-        One kernel a token bucket; the last is open.
-    reason : str
-        In words.
-    bytes_before, bytes_after : int
-        Of the weight.
-    times_ms : {layout: {kernel: {tokens: ms}}}
-        Medians of every candidate that was measured.
-    speedups : {layout: {tokens: ratio}}
-        Against the fastest dense candidate at that count.
-    layout_bytes : {layout: bytes}
-        What the weight takes in every layout that could compete.
-    excluded : {layout or runner: reason}
-        What could not compete: formats that refused the weight, kernels that failed the oracle.
-    measured_at : str
-        The site where these times were taken (sites that share a key are measured once).
-    pinned, passed_over : bool, {layout: ratio}
-        In a batch-invariant plan: the layer keeps its kernel for every token count; what could not be taken for that,
-        and how many times as fast it would have been.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    dtype: str
-    pattern: str
-    sparsity: float
-    format: str
-    values: str
-    kernels: Buckets
-    reason: str
-    bytes_before: int
-    bytes_after: int
-    times_ms: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
-    speedups: dict[str, dict[int, float]] = field(default_factory=dict)
-    layout_bytes: dict[str, int] = field(default_factory=dict)
-    excluded: dict[str, str] = field(default_factory=dict)
-    measured_at: str = ""
-    pinned: bool = False
-    passed_over: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        return f"{self.format} {self.values}"
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the site is served by a format of ours; torch computes it otherwise."""
-        return self.format in names()
-
-    def time_ms(self, layout: str, tokens: int) -> float:
-        """Return the median time of a layout's fastest kernel at this count, in milliseconds."""
-        return min(times[tokens] for times in self.times_ms[layout].values() if tokens in times)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SitePlan:
-        taken: dict[str, Any] = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        taken["shape"] = (int(data["shape"][0]), int(data["shape"][1]))
-        taken["kernels"] = [(None if most is None else int(most), str(kernel)) for most, kernel in data["kernels"]]
-        taken["times_ms"] = {
-            layout: {kernel: _by_tokens(times) for kernel, times in kernels.items()}
-            for layout, kernels in data.get("times_ms", {}).items()
-        }
-        taken["speedups"] = {layout: _by_tokens(each) for layout, each in data.get("speedups", {}).items()}
-        return cls(**taken)
 
 
 @dataclass
@@ -158,7 +74,7 @@ class Fused:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Fused:
-        return cls([str(name) for name in data["names"]], _by_tokens(data["ratios"]))
+        return cls([str(name) for name in data["names"]], by_tokens(data["ratios"]))
 
 
 @dataclass
@@ -238,18 +154,27 @@ class Plan:
             fused = [Fused.from_dict(group) for group in data.get("fused", [])]
             held, rows = bool(data.get("batch_invariant", False)), [str(name) for name in data.get("rows", [])]
             return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]), fused, held, rows)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; an older file at `path` is replaced only once the new one is complete."""
+        """Write the plan as JSON; an older file at `path` is replaced only once the new one is complete.
+
+        Raises
+        ------
+        ZeroskipError
+            If it cannot be written there.
+        """
         target = Path(path)
         beside = target.with_name(target.name + ".partial")
         try:
             beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
             beside.replace(target)
+        except OSError as error:
+            raise ZeroskipError(f"{path}: cannot be written: {error.strerror or error}") from error
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -287,10 +212,6 @@ def plan_of(model: nn.Module) -> Plan:
     if not isinstance(plan, Plan):
         raise ZeroskipError(f"this {type(model).__name__} carries no plan; run zs.compile on it first")
     return plan
-
-
-def _by_tokens(times: dict[Any, Any]) -> dict[int, float]:
-    return {int(tokens): float(value) for tokens, value in times.items()}
 
 
 def plain(value: Any) -> Any:
