@@ -90,9 +90,13 @@ def test_x_is_not_modified() -> None:
         (torch.tensor(1.0), {}, "expected x"),
         (torch.ones(2, K), {"bias": torch.ones(M + 1)}, rf"bias has shape \[{M + 1}\]"),
         (torch.ones(2, K), {"bias": torch.ones(1, M)}, "bias has shape"),
+        (torch.ones(2, K), {"bias": torch.ones(M, device="meta")}, "bias is torch.float32 on meta"),
+        (torch.ones(2, K), {"bias": torch.ones(M, dtype=torch.int32)}, "bias is torch.int32 on cpu"),
+        (torch.ones(2, K), {"bias": torch.ones(M).to_sparse()}, "bias is no plain dense tensor"),
+        (torch.ones(2, K).to_sparse(), {}, r"x is no plain dense tensor \(torch.sparse_coo\)"),
         (torch.ones(2, K), {"activation": "gleu"}, "did you mean 'gelu'"),
     ],
-    ids=["k", "fp64", "int32", "scalar", "bias", "bias 2-D", "activation"],
+    ids=["k", "fp64", "int32", "scalar", "bias", "2-D", "meta", "integers", "sparse", "sparse x", "activation"],
 )
 def test_refusals(x: Tensor, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(zs.ZeroskipError, match=message) as caught:
@@ -186,6 +190,12 @@ def test_compile_without_graph_breaks(name: str) -> None:
         for tokens in (3, 5, 0):
             x = random(tokens, K)
             assert torch.equal(compiled(x), model(x))
+
+
+def test_linear_itself_compiles_without_graph_breaks() -> None:
+    packed, bias = zs.pack(weight_of("csr"), "csr"), random(M)
+    compiled = torch.compile(lambda x: zs.linear(packed, x, bias, "gelu"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(random(3, K)), zs.linear(packed, random(3, K), bias, "gelu"))
 
 
 @each_format

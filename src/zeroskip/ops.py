@@ -222,7 +222,7 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
     x
         [..., k], float32, bfloat16 or float16, any strides; not modified.
     bias
-        [m] or None.
+        [m], floating point, or None.
     activation
         None or a name of `ACTIVATIONS`, applied to the fp32 sum.
 
@@ -239,6 +239,11 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
     expect("packed", packed, Packed, "what pack() returns")
     expect("x", x, Tensor, "a tensor")
     expect("bias", bias, Tensor | None, "a tensor or None")
+    for name, given in (("x", x), ("bias", bias)):
+        if given is not None and (given.layout is not torch.strided or given.is_quantized or given.is_nested):
+            raise ZeroskipError(f"{name} is no plain dense tensor ({given.layout}): convert it first")
+    if bias is not None and (bias.device != x.device or not bias.is_floating_point()):
+        raise ZeroskipError(f"bias is {bias.dtype} on {bias.device}: give floating-point numbers on {x.device}")
     result: Tensor = call(x, packed.blob, bias, packed.shape[0], activation_code(activation))
     return result
 

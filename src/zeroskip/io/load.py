@@ -17,6 +17,7 @@ from zeroskip.io import container, meta, sites
 from zeroskip.io.container import Entry
 from zeroskip.io.save import INDEX, WEIGHTS
 from zeroskip.io.scales import restore_scales
+from zeroskip.model import unwrapped
 
 __all__ = ["check_sites", "load", "read_files", "read_json", "weight_files"]
 
@@ -56,10 +57,11 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     if model is not None:
         if info is None:
             raise ZeroskipError(f"{directory}: has no {meta.SIDECAR}; only what zeroskip stored can fill an instance")
-        _fill(model, folder, info, where)
-        meta.restore(model, info, where)
-        restore_scales(model, folder)
-        meta.attach(model)
+        inner = unwrapped(model)
+        _fill(inner, folder, info, where)
+        meta.restore(inner, info, where)
+        restore_scales(inner, folder)
+        meta.attach(inner)
         return model.eval()
     if config is None:
         raise ZeroskipError(f"{directory}: has no {CONFIG}; pass the instance to fill: load(directory, model=instance)")

@@ -28,6 +28,8 @@ def parameters_of(sites: Sequence[Site]) -> list[nn.Parameter]:
 @contextmanager
 def differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let gradients flow to these parameters only; attention takes the one path that can be derived twice."""
+    if torch.is_inference_mode_enabled():
+        raise ZeroskipError("the method needs gradients: call prune outside torch.inference_mode()")
     old = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         for parameter in old:

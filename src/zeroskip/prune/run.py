@@ -6,13 +6,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from torch import nn
 
 from zeroskip.calibrate import Batch, Journal, read_batches, text_batches
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect
 from zeroskip.model import unwrapped
 from zeroskip.prune.allocate import Allocation, allocate, allocated
 from zeroskip.prune.base import Loss
@@ -128,6 +128,10 @@ def prune(
     Source: block by block with the pruned outputs fed on, as in Frantar and Alistarh 2023 (arXiv 2301.00774).
     """
     started = time.perf_counter()
+    expect("journal", journal, str | os.PathLike | None, "a path or None")
+    expect("stream", stream, bool, "True or False")
+    if progress is not None and not callable(progress):
+        raise ZeroskipError(f"progress is a {type(progress).__name__}: give a function, or leave it out")
     if stream and journal is None:
         raise ZeroskipError("stream=True keeps finished blocks in a journal: give journal=, a directory")
     given = {
@@ -165,8 +169,10 @@ def prune(
     if plan.needs_data or curious or ((plan.surveys or shared) and calibration is not None):
         one_logit = not plan.surveys and not plan.needs_head
         batches = read_batches(model, calibration, one_logit)
-    with _evaluating(model):
+    with _evaluating(model), ExitStack() as ending:
         book = Journal(journal, model, plan.recipe, batches) if journal is not None else None
+        if book is not None:
+            ending.callback(book.close)
         account = None
         if plan.free:
             plan, account = _shared_out(model, plan, asked, batches, loss, book)

@@ -77,6 +77,8 @@ class Settings:
         weight = site.weight()
         if weight.is_meta:
             raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
+        if weight.element_size() < 2:
+            raise ZeroskipError(f"{site.name}: its weight is {weight.dtype}; convert the model, such as .bfloat16()")
         self.pattern.check(site.grid, site.name)
         known = site.adapter.statistics
         if known is not None and not set(self.composition.needs) <= set(known):

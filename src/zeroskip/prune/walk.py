@@ -141,7 +141,8 @@ class Walk:
         if not self.plan.recipe["rotate"]:
             return {}
         patterns = {site.name: self.plan.settings[site.name].pattern for site in sites}
-        return rotate(replay, block, sites, patterns)
+        notes = rotate(replay, block, sites, patterns)
+        return notes or {site.name: ["nothing to rotate in this block: no values were found"] for site in sites[:1]}
 
     def _permuted(self, replay: Replay, block: Block, seen: Seen) -> tuple[Seen, dict[str, dict[str, Any]]]:
         if self.permuter is None or not seen:

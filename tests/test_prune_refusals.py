@@ -1,0 +1,116 @@
+"""What `prune` refuses: in one line, with the model as it was."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import batches, llama, tokens
+from torch import nn
+
+from zeroskip.errors import ZeroskipError
+from zeroskip.prune import prune
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+WRONG = [
+    ({"method": "wnada"}, "did you mean 'wanda'"),
+    ({"method": "wanda+lss"}, r"did you mean 'wanda\+ls'"),
+    ({"sparsity": None}, "needs a sparsity"),
+    ({"sparsity": 1.0}, r"fraction of zeros in \[0, 1\)"),
+    ({"sparsity": -0.1}, r"fraction of zeros in \[0, 1\)"),
+    ({"sparsity": math.nan}, r"fraction of zeros in \[0, 1\)"),
+    ({"sparsity": "half"}, r"fraction of zeros in \[0, 1\)"),
+    ({"pattern": "2:4", "sparsity": 0.6}, "has sparsity 0.5, not 0.6"),
+    ({"pattern": "3:5"}, r"layers\.0\.self_attn\.q_proj: 32 inputs are not a multiple of 5"),
+    ({"pattern": "64:2:4"}, "2:4@64"),
+    ({"pattern": "block:3x1"}, "multiple of 3"),
+    ({"calibration": None}, "needs data"),
+    ({"calibration": []}, "empty"),
+    ({"text": ["x"]}, "not both"),
+    ({"calibration": None, "text": ["x"]}, "needs tokenizer"),
+    ({"include": "nothing.like.it"}, "names no site"),
+    ({"exclude": "*"}, "nothing to prune"),
+    ({"loss": lambda: None}, "need gradients"),
+    ({"recipe": {"methd": "wanda"}}, "did you mean 'method'"),
+    ({"recipe": {"sparsity": 0.7}}, "0.7 in the recipe"),
+    ({"recipe": 7}, "recipe is a int: give a map"),
+    ({"seed": 0.5}, "give an integer"),
+    ({"include": 7}, "include is 7: give globs"),
+    ({"exclude": 7}, "exclude is 7: give globs"),
+    ({"include": [7]}, "include holds 7"),
+    ({"pattern": "２:４"}, "unknown pattern"),
+    ({"calibration": [tokens(), tokens() + 1000]}, "does not run on calibration batch 1: index out of range"),
+    ({"calibration": [tokens().float()]}, "does not run on calibration batch 0: "),
+    ({"journal": 5}, "journal is a int: give a path"),
+    ({"stream": 1}, "stream is a int: give True or False"),
+    ({"progress": 3}, "progress is a int: give a function"),
+    ({"values": "int4"}, "'wanda' does not quantise"),
+    ({"method": "gptq"}, "keeps the zeros that are there: leave sparsity out"),
+    ({"method": "sparsegpt+gptq", "values": "int3"}, "unknown integer type 'int3'"),
+    ({"method": "sparsegpt+gptq", "group_size": 48}, "32, 64 or 128"),
+    ({"method": "gptq+ls+tune", "sparsity": None}, "would move weights off their integers"),
+    ({"method": "gptq+wanda", "sparsity": None}, "unknown method 'gptq\\+wanda'"),
+    ({"method": "snip", "loss": lambda output, batch: output.logits}, "returned a tensor of shape"),
+    ({"method": "grasp", "loss": lambda output, batch: 1.0}, "returned a float"),
+    ({"method": "snip", "loss": lambda output, batch: torch.tensor(1.0)}, "does not depend on the weights"),
+    (
+        {"method": "snip", "loss": lambda output, batch: output.logits.sum() * math.inf},
+        "loss of a calibration batch is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_bad_input_gets_one_line_and_changes_nothing(arguments, message):
+    model = llama()
+    before = state(model)
+    given = {"method": "wanda", "sparsity": 0.5, "calibration": batches("llama", 1)} | arguments
+    if given.get("pattern") in ("3:5", "64:2:4"):
+        given["sparsity"] = None  # these imply theirs
+    with pytest.raises(ZeroskipError, match=message) as caught:
+        prune(model, **given)
+    assert "\n" not in str(caught.value)
+    assert same(before, state(model))
+
+
+def test_nan_in_a_weight_and_in_an_activation_name_the_site():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ZeroskipError, match=r"layers\.1\.mlp\.up_proj: its weight holds NaN or Inf"):
+        prune(model, sparsity=0.5, calibration=batches("llama", 1))
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[0] = torch.nan
+    with pytest.raises(ZeroskipError, match=r"layers\.0\.self_attn\.q_proj: its calibration input holds NaN"):
+        prune(model, sparsity=0.5, calibration=batches("llama", 1))
+
+
+@pytest.mark.parametrize("model", [None, "bert-base-uncased"])
+def test_what_is_no_model(model):
+    with pytest.raises(ZeroskipError, match=r"give an nn\.Module"):
+        prune(model, "magnitude", sparsity=0.5)
+
+
+def test_weights_that_nothing_computes_with():
+    model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
+    with pytest.raises(ZeroskipError, match=r"0: its weight is torch\.float8_e4m3fn; convert the model"):
+        prune(model, "magnitude", sparsity=0.5)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "wanda+ls+tune"])
+def test_what_needs_gradients_cannot_work_in_inference_mode(method):
+    with torch.inference_mode(), pytest.raises(ZeroskipError, match=r"needs gradients: call prune outside"):
+        prune(llama(), method, sparsity=0.5, calibration=batches("llama", 1))
+
+
+def test_nothing_to_prune():
+    with pytest.raises(ZeroskipError, match="nothing to prune"):
+        prune(nn.Sequential(nn.ReLU()), "magnitude", sparsity=0.5)
