@@ -163,7 +163,7 @@ def refused() -> list[tuple[nn.Module, Tensor, str]]:
     return [
         (nn.Sequential(nn.LSTM(64, 64)), x, r"0\.weight_.*this LSTM"),
         (nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), x, "self_attn.*MultiheadAttention"),
-        (nn.Sequential(nn.Conv1d(64, 64, 3, groups=2)), torch.randn(2, 64, 9), "this Conv1d"),
+        (nn.Sequential(nn.Conv1d(64, 64, 3, groups=64)), torch.randn(2, 64, 9), "this Conv1d"),
         (hooked, x, "this Linear"),
     ]
 

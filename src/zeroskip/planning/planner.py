@@ -104,7 +104,7 @@ class Planner:
         if isinstance(site.module, nn.RNNBase):
             return measure(stand_in(site), weight, bias, values=values, tokens=(example.tokens,), **limits)
         with torch.inference_mode(False), torch.no_grad():
-            found, refused = conv_layouts(site, weight, bias, values)
+            found, refused = conv_layouts(site, weight, bias, values, self.batch_invariant)
         probes = partial(probe_of, site, example)
         return measure_layouts(found, weight, bias, tokens=(example.tokens,), refused=refused, probes=probes, **limits)
 

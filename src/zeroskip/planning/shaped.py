@@ -159,9 +159,12 @@ def _rows(axes: int, y: Tensor) -> Tensor:
 
 
 def conv_layouts(
-    site: Site, weight: Tensor, bias: Tensor | None, values: tuple[str, ...]
+    site: Site, weight: Tensor, bias: Tensor | None, values: tuple[str, ...], batch_invariant: bool = False
 ) -> tuple[list[Layout], dict[str, str]]:
-    """As `candidates.layouts`, for a convolution; the dense ones are torch's own, channels first and channels last."""
+    """As `candidates.layouts`, for a convolution; the dense ones are torch's own, channels first and channels last.
+
+    Our dense format takes one in groups only for a batch-invariant plan, which torch cannot serve.
+    """
     conv = cast(Conv, site.module)
     own = NAMES.get(weight.dtype, str(weight.dtype))
     nbytes, grouped = conv.weight.nbytes, site.shape[0] > 1
@@ -176,7 +179,7 @@ def conv_layouts(
     few = few_zeros(site.weight())
     for kind in values:
         for name in names():
-            if name in DENSE_FORMATS and grouped:
+            if name in DENSE_FORMATS and grouped and not batch_invariant:
                 refused[f"{name} {kind}"] = "it would multiply what a group does not look at"
                 continue
             made = (
