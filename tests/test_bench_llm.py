@@ -62,7 +62,7 @@ def test_a_model_is_measured_with_its_rivals_and_what_is_missing_is_named(quick,
         for ratio in each["faster_than"].values():
             assert ratio["low"] <= ratio["value"] <= ratio["high"]
     assert set(told["missing"]) == set(rivals()) and "llama_cpp" in told["missing"]
-    assert [step["method"] for step in told["contenders"][3]["steps"]] == ["sparsegpt+gptq"]
+    assert [step["method"] for step in told["contenders"][3]["steps"]] == ["admm+gptq+cd+ls"]
     assert told["settings"]["tokens"] == [8, 16] and told["versions"]["torch"] == torch.__version__
     shown = result.stdout
     assert all(name in shown for name in names) and "missing: llama_cpp: " in shown

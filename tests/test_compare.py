@@ -1,6 +1,7 @@
 """Recipes compared on a dense model: what each takes, which is recommended and why; times are injected."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_what_cannot_be_compared(monkeypatch):
         zs.compare(llama(), ["llm-int4-5"])
     with pytest.raises(ZeroskipError, match="needs text="):
         zs.compare(llama(), eval_text="a.txt")
+    with pytest.raises(ZeroskipError, match="needs tokenizer="):
+        zs.compare(llama(), text="a.txt")
     inject(monkeypatch, prefer("dense fp32"))
     with pytest.raises(ZeroskipError, match="compiled: compare recipes on the dense one"):
         zs.compare(zs.compile(llama(), tokens=1))
@@ -87,13 +90,17 @@ def test_what_cannot_be_compared(monkeypatch):
 
 @pytest.mark.usefixtures("short_races")
 def test_the_command_measures_perplexity_too(decoder, text, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(decoder, half)
+    zs.load(decoder).bfloat16().save_pretrained(half)
     names = "llm-int8-dense,llm-int4-50"
     asked = ("--recipes", names, "--text", text, "--eval-text", text, "--tokens", 1, "--json", tmp_path / "out.json")
-    result = cli("analyze", decoder, *asked)
+    result = cli("analyze", half, *asked)
     assert result.exit_code == 0, result.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     scores = {one["recipe"]: one["perplexity"] for one in found["recipes"]}
     assert list(scores) == ["none", "llm-int8-dense", "llm-int4-50"] and len(set(scores.values())) == 3
+    assert {layout.split()[1] for layout in found["recipes"][0]["layouts"]} == {"bf16"}, "timed as it is stored"
     assert scores["llm-int8-dense"] == pytest.approx(scores["none"], rel=0.02)
     assert "perplexity on all of sentences.txt" in result.stdout and found["advice"].split(":")[0] in result.stdout
 

@@ -19,7 +19,7 @@ from zeroskip.prune.scales import group_scales, spread
 from zeroskip.prune.sparsegpt import RIDGE
 from zeroskip.quantize import LEAST, LIMIT, quantize
 
-HEADS = ("gptq", "sparsegpt+gptq", "alps+gptq")
+HEADS = ("gptq", "sparsegpt+gptq", "admm+gptq", "alps+gptq")
 TAILS = ("", "+ls", "+cd", "+cd+ls")
 INTEGERS = [Integers("int4", 32), Integers("int8", 64), Integers("int4", 128)]
 

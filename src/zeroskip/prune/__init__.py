@@ -12,7 +12,7 @@ from zeroskip.prune.obs import Obs  # isort: skip
 from zeroskip.prune.snip import Snip  # isort: skip
 from zeroskip.prune.grasp import Grasp  # isort: skip
 from zeroskip.prune.synflow import SynFlow  # isort: skip
-from zeroskip.prune.gptq import AlpsGPTQ, Gptq, SparseGPTQ  # isort: skip
+from zeroskip.prune.gptq import AdmmGPTQ, AlpsGPTQ, Gptq, SparseGPTQ  # isort: skip
 from zeroskip.prune.rtn import Rtn  # isort: skip
 from zeroskip.prune.base import Method, Problem, Solution, Solver
 from zeroskip.prune.budgets import Budget, budgets
@@ -28,6 +28,7 @@ from zeroskip.prune.tune import Tune
 
 __all__ = [
     "Admm",
+    "AdmmGPTQ",
     "Alps",
     "AlpsGPTQ",
     "Budget",

@@ -5,16 +5,18 @@ and the error goes on to the kept weights after it. The scale of a row's group o
 are meant: the largest of them over the largest code, or the fraction of it that rounds with the least error, each
 input weighed by its energy G_jj.
 
-"sparsegpt+gptq" chooses zeros and rounds in the one sweep, each seeing the errors of the other. "alps+gptq" finds the
-zeros and the weights that make up for them first, all rows and columns together, and rounds those.
+"sparsegpt+gptq" chooses zeros and rounds in the one sweep, each seeing the errors of the other. "admm+gptq" and
+"alps+gptq" find the zeros and the weights that make up for them first, all columns together, and round those.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from torch import Tensor
 
+from zeroskip.prune.admm import Admm
 from zeroskip.prune.alps import Alps
 from zeroskip.prune.base import Integers, Method, Problem, Solution
 from zeroskip.prune.numerics import inverse_factor, unit_gram
@@ -57,21 +59,35 @@ class SparseGPTQ(Method):
         return _rounded(problem, problem.pattern)
 
 
-class AlpsGPTQ(Method):
-    """Serves every pattern.
+class PrunedFirst(Method):
+    """A method that finds the zeros and the weights that make up for them, all columns together; those are rounded.
 
-    Source: `alps` and `gptq`, one behind the other; the sweep starts from the solve on the support, where no move of a
-    kept weight helps to first order, so that all it has to make up for is rounding.
+    The sweep starts from weights of which no move of a kept one helps to first order, so that all it has to make up
+    for is rounding. A subclass names the method.
     """
 
-    name = "alps+gptq"
+    sparse: ClassVar[type[Method]]
     needs = ("gram",)
     quantizes = True
 
     def run(self, problem: Problem) -> Solution:
-        sparse = Alps().run(problem)
+        sparse = self.sparse().run(problem)
         found = _rounded(replace(problem, weight=sparse.weight), sparse.keep)
         return Solution(found.keep, found.weight, sparse.notes + found.notes, found.scales)
+
+
+class AdmmGPTQ(PrunedFirst):
+    """Serves every pattern. Source: `admm` and `gptq`, one behind the other."""
+
+    name = "admm+gptq"
+    sparse = Admm
+
+
+class AlpsGPTQ(PrunedFirst):
+    """Serves every pattern. Source: `alps` and `gptq`, one behind the other."""
+
+    name = "alps+gptq"
+    sparse = Alps
 
 
 def _rounded(problem: Problem, support: Pattern | Tensor) -> Solution:
