@@ -127,8 +127,8 @@ def compare(
     tokens : sequence of int, or mapping from int to weight
         Token counts, as for `zs.compile`.
     text, tokenizer : optional
-        Text to calibrate on. Without it the zeros are those of magnitude and weights are rounded to nearest: as fast
-        and as large as with data, but no perplexity is measured.
+        Text to calibrate on; pruning and scoring then run in fp32. Without it the zeros are those of magnitude and
+        weights are rounded to nearest: as fast and as large as with data, but no perplexity is measured.
     eval_text : optional
         Text to measure perplexity on; by default windows of `text` that do not calibrate.
     budget_s : float
@@ -152,9 +152,13 @@ def compare(
     answer = Comparison(this_machine(), wanted)
     judge = None
     if text is not None:
-        judge = Judge.of_calibration(model, tokenizer, text, 0) if eval_text is None else None
-        judge = Judge.of_text(model, tokenizer, eval_text) if judge is None and eval_text is not None else judge
-        answer.about = "" if judge is None else judge.about
+        if tokenizer is None:
+            raise ZeroskipError("text= needs tokenizer=, the model's own")
+        if eval_text is None:
+            judge = Judge.of_calibration(model, tokenizer, text, 0)
+        else:
+            judge = Judge.of_text(model, tokenizer, eval_text)
+        answer.about = judge.about
     for done, name in enumerate(asked):
         if progress is not None:
             progress(done, len(asked), name)
@@ -173,9 +177,13 @@ def _compared(
     network = copy.deepcopy(model)
     try:
         if judge is not None:
+            dtypes = {each: parameter.dtype for each, parameter in network.named_parameters()}
+            network = network.float()  # as `zeroskip eval` scores; and half precision is slow on many CPUs
             prune(network, recipe=name, text=text, tokenizer=tokenizer)
             score = judge.score(network).value
             found.perplexity = score if math.isfinite(score) else None
+            for each, parameter in network.named_parameters():
+                parameter.data = parameter.data.to(dtypes[each])
         else:
             for step in without_data(name, network):
                 prune(network, recipe=step)
