@@ -3,8 +3,8 @@
     python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
-again. "permute:METHOD" permutes channels first. Perplexity as the data's README defines it: windows of 256 tokens, the
-first of a window not scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
+again. "permute:METHOD" permutes channels first; --recipes measures recipes instead. Perplexity as the data's README
+defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
 Seconds are those of the processor, so that they hold on a machine that does other things too.
 """
 
@@ -56,11 +56,14 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if method == "dense":
         return {"perplexity": held()}
-    pattern, sparsity = CELLS[which]
     batches = calibration(folder, tokenizer, batch)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
-    report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
+    if method == "recipe":
+        report = zeroskip.prune(model, recipe=which, calibration=batches)
+    else:
+        pattern, sparsity = CELLS[which]
+        asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
+        report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
     seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -97,7 +100,7 @@ def isolated(*arguments: Any) -> dict[str, float]:
 
 def markdown(results: dict[str, dict[str, float]], dense: float) -> str:
     """The table of docs/pruning.md."""
-    names = dict.fromkeys(key.split(" ")[0] for key in results if key != "dense")
+    names = dict.fromkeys(key.split(" ")[0] for key in results if key.partition(" ")[2] in CELLS)
     lines = ["| method | " + " | ".join(f"{c} %" if c.isdigit() else c for c in CELLS) + " | s | peak MB |"]
     lines.append("|---" * (len(CELLS) + 3) + "|")
     for name in names:
@@ -116,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", nargs="+", default=[name for name in methods() if not name.startswith("gptq")])
+    parser.add_argument("--recipes", nargs="+", default=[], help="names of recipes, instead of methods and cells")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--json", type=Path, default=Path("prune_pylm.json"))
     parser.add_argument("--threads", type=int, default=1)
@@ -123,7 +127,8 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table when all is done")
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    for key in ["dense", *(f"{method} {which}" for which in arguments.cells for method in arguments.methods)]:
+    cells = [f"{method} {which}" for which in arguments.cells for method in arguments.methods]
+    for key in ["dense", *([f"recipe {name}" for name in arguments.recipes] or cells)]:
         if key in results:
             continue
         method, _, which = key.partition(" ")

@@ -265,7 +265,7 @@ def test_the_command_line_takes_a_recipe_and_the_directory_it_wrote(decoder, tex
 
 def test_the_command_line_refuses_what_contradicts(decoder, tmp_path):
     out = tmp_path / "out"
-    assert "method is 'wanda', and 'sparsegpt+gptq' in the recipe" in refused(
+    assert "method is 'wanda', and 'admm+gptq+cd+ls' in the recipe" in refused(
         "prune", decoder, out, "--recipe", "llm-int4-50", "--method", "wanda"
     )
     assert "needs data: give --text FILE" in refused("prune", decoder, out, "--recipe", "llm-int8-dense")
