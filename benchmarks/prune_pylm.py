@@ -4,7 +4,8 @@
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
 again. "permute:METHOD" permutes channels first; --recipes measures recipes instead. Perplexity as the data's README
-defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
+defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64 windows of 256
+tokens of the calibration text.
 Seconds are those of the processor, so that they hold on a machine that does other things too.
 """
 
