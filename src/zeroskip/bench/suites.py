@@ -87,7 +87,7 @@ class Case:
     def _pruned(self, dense: Tensor) -> Tensor:
         score = dense.abs() * self.norms()
         pattern = Pattern.parse(self.zeros.pattern)
-        if pattern.sparsity is None and pattern.rows == 1:  # the plain threshold of each row: much faster
+        if pattern.name == "unstructured":  # the plain threshold of each row: much faster
             limit = score.kthvalue(max(1, round(self.k * self.zeros.sparsity)), dim=1, keepdim=True).values
             return torch.where(score > limit, dense, 0.0)
         return torch.where(pattern.select(score, self.zeros.sparsity), dense, 0.0)

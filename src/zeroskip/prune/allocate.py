@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zeroskip.calibrate import Batch, Collector, collect, sites_of
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.prune.budgets import Budget, Item, Target, solve
-from zeroskip.prune.patterns import NM, Pattern
+from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.settings import Settings
 from zeroskip.prune.walk import replay_of
@@ -63,11 +63,12 @@ def allocate(
     made: Allocation = {item.site.name: "dense" for item in unseen}
     for item, count in zip((item for item in free if item not in unseen), outcome.zeros, strict=True):
         pattern = item.settings.pattern
-        if not isinstance(pattern, NM):
+        of = pattern.steps
+        if of is None:
             made[item.site.name] = count / item.numel
             continue
-        kept = pattern.of - round(count * pattern.of / item.numel)
-        made[item.site.name] = "dense" if kept == pattern.of else _fewer(pattern, kept).name
+        kept = of - round(count * of / item.numel)
+        made[item.site.name] = "dense" if kept == of else pattern.with_kept(kept).name
     account: dict[str, Any] = {"name": budget.name, "unit": "params" if target.unit == "sparsity" else target.unit}
     account |= {"dense": outcome.dense, "asked": outcome.asked, "reached": outcome.reached}
     log.info("%s %s", account, made)
@@ -110,19 +111,14 @@ def _with(settings: Settings, share: Any, name: str) -> Settings:
     if isinstance(share, str):
         pattern = Pattern.parse(share)
         old = settings.pattern
-        if not isinstance(pattern, NM) or not isinstance(old, NM) or (pattern.of, pattern.strip) != (old.of, old.strip):
+        if old.steps is None or old.steps != pattern.steps or pattern.with_kept(1) != old.with_kept(1):
             raise ZeroskipError(f"allocation: {name} has {share!r}, which is not {old.name} with another N")
-        return replace(settings, pattern=pattern, sparsity=pattern.sparsity)
+        return replace(settings, pattern=pattern, sparsity=pattern.sparsity or 0.0)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
         raise ZeroskipError(f"allocation: {name} has {share!r}: give a fraction of zeros in [0, 1)")
-    if isinstance(settings.pattern, NM):
+    if settings.pattern.steps is not None:
         raise ZeroskipError(f"allocation: {name} has {share!r}: give an N:M pattern such as {settings.pattern.name!r}")
     return replace(settings, sparsity=float(share))
-
-
-def _fewer(pattern: NM, kept: int) -> NM:
-    name = f"{kept}:{pattern.of}" + (f"@{pattern.strip}" if "@" in pattern.name else "")
-    return NM(name, kept, pattern.of, pattern.strip)
 
 
 def _order(plan: Plan) -> dict[str, tuple[str, float]]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
-from zeroskip.prune.patterns import NM, Block, Pattern
+from zeroskip.prune.patterns import NM, Block, Pattern, Split
 
 ROUNDS = 50
 ENOUGH = 0.1
 
 
 class DSnoT(Method):
-    """Serves what chooses for each row alone: unstructured and N:M.
+    """Serves what swaps in a row leave whole: unstructured, N:M, and a split with N:M.
 
     Source: Zhang et al. 2023, Dynamic Sparse No Training (arXiv 2310.08915); ours takes the threshold relative to where
     the row began, so that the scale of the data does not matter.
@@ -30,7 +30,8 @@ class DSnoT(Method):
     scope = "row"
 
     def serves(self, pattern: Pattern) -> bool:
-        return pattern.rows == 1 and (isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.width == 1))
+        single = isinstance(pattern, Block) and pattern.width == 1
+        return pattern.rows == 1 and (single or isinstance(pattern, NM | Split))
 
     def run(self, problem: Problem) -> Solution:
         weight, sumsq = problem.weight, problem.stats["sumsq"]
@@ -39,7 +40,7 @@ class DSnoT(Method):
         spread = (sumsq / tokens - mean.square()).clamp_min(1e-12 * float(sumsq.max()) / tokens + 1e-30)
         wanda = weight.square() * sumsq
         keep = problem.pattern.select(wanda, problem.sparsity, self.scope)
-        of = problem.pattern.of if isinstance(problem.pattern, NM) else weight.shape[1]
+        of = problem.pattern.together or weight.shape[1]
         keep = _swap(keep, weight * mean, weight * mean / spread, wanda, of)
         return Solution(keep, weight.masked_fill(~keep, 0.0))
 

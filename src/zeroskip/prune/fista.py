@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
 from zeroskip.prune.numerics import unit_gram
-from zeroskip.prune.patterns import NM, Block, Pattern
+from zeroskip.prune.patterns import Block, Pattern
 
 STEPS = 60  # for each lambda
 COARSE = (0.1, 0.03, 0.01, 0.003, 0.001)  # lambda, times the median of |W_0 G|
@@ -22,7 +22,7 @@ FINE = (1.7, 0.6)  # times the best of those
 
 
 class Fista(Method):
-    """Serves what zeroes single weights: unstructured and N:M.
+    """Serves what zeroes single weights: all but strips and blocks.
 
     Source: Zhao et al. 2024, FISTAPruner (arXiv 2408.03728); ours takes the pruned blocks' output as both input and
     target, and weighs the penalty by the inputs.
@@ -32,7 +32,7 @@ class Fista(Method):
     needs = ("gram",)
 
     def serves(self, pattern: Pattern) -> bool:
-        return pattern.rows == 1 and (isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.width == 1))
+        return pattern.rows == 1 and (not isinstance(pattern, Block) or pattern.width == 1)
 
     def run(self, problem: Problem) -> Solution:
         unit, scale = unit_gram(problem.stats["gram"])

@@ -20,9 +20,9 @@ from zeroskip.prune.admm import Admm
 from zeroskip.prune.alps import Alps
 from zeroskip.prune.base import Integers, Method, Problem, Solution
 from zeroskip.prune.numerics import inverse_factor, unit_gram
-from zeroskip.prune.patterns import Block, Pattern
+from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.scales import group_scales, spread
-from zeroskip.prune.sparsegpt import RIDGE, Rounding, sweep
+from zeroskip.prune.sparsegpt import RIDGE, Rounding, in_one_sweep, sweep
 from zeroskip.quantize import LEAST, LIMIT, codes_of
 
 
@@ -38,14 +38,14 @@ class Gptq(Method):
     quantizes = True
 
     def serves(self, pattern: Pattern) -> bool:
-        return pattern == Block("unstructured", 1, 1)
+        return pattern.name == "unstructured"
 
     def run(self, problem: Problem) -> Solution:
         return _rounded(problem, problem.weight != 0)
 
 
 class SparseGPTQ(Method):
-    """Serves every pattern.
+    """Serves what "sparsegpt" does.
 
     Source: Frantar and Alistarh 2023 (arXiv 2301.00774), section 3.5; ours takes the scales from a first sweep that
     does not round: weights that make up for zeros can grow far beyond the dense ones, whose scales would cut them off.
@@ -54,6 +54,9 @@ class SparseGPTQ(Method):
     name = "sparsegpt+gptq"
     needs = ("gram",)
     quantizes = True
+
+    def serves(self, pattern: Pattern) -> bool:
+        return in_one_sweep(pattern)
 
     def run(self, problem: Problem) -> Solution:
         return _rounded(problem, problem.pattern)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
 from zeroskip.prune.numerics import inverse, unit_gram
-from zeroskip.prune.patterns import NM, Block, Pattern
+from zeroskip.prune.patterns import NM, Block, Pattern, Split
 
 RIDGE = 0.01
 SLICE_BYTES = 16 << 20
@@ -29,7 +29,8 @@ PART = 8  # arrays are compacted each time an eighth of their columns is gone
 
 
 class Obs(Method):
-    """Serves N:M, N:M@V, unstructured and blocks of one column; the last two with equal counts in all strips.
+    """Serves N:M, N:M@V, both beside a dense part, unstructured and blocks of one column; these two with equal counts
+    in all strips.
 
     Source: group Optimal Brain Surgeon (Hassibi and Stork 1993; Frantar and Alistarh 2022, arXiv 2208.11580); ours
     removes whole columns of a strip under the N:M bound.
@@ -39,32 +40,46 @@ class Obs(Method):
     needs = ("gram",)
 
     def serves(self, pattern: Pattern) -> bool:
-        return isinstance(pattern, NM) or (isinstance(pattern, Block) and pattern.width == 1)
+        narrow = isinstance(pattern, Block) and pattern.width == 1 and pattern.scope in (None, "row")
+        return narrow or isinstance(pattern, NM | Split)
 
     def run(self, problem: Problem) -> Solution:
         pattern = problem.pattern
-        rows, k = problem.weight.shape
         unit, scale = unit_gram(problem.stats["gram"])
         start, notes = inverse(unit, RIDGE, problem.name)
+        weight = problem.weight * scale
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        lines: Tensor | slice = slice(None)
+        dense = None
+        if isinstance(pattern, Split):  # its dense part: rows that are left out, or columns that stay
+            region, pattern = pattern.dense(weight.square()), pattern.rest
+            lines, dense = ~region.all(1), region.all(0)
+        weight[lines], keep[lines] = _removed(weight[lines], start, pattern, problem.sparsity, dense)
+        return Solution(keep, (weight / scale).masked_fill(~keep, 0.0), notes)
 
-        height = pattern.rows
-        padded = torch.nn.functional.pad(problem.weight * scale, (0, 0, 0, -rows % height))
-        strips = padded.view(-1, height, k)
-        if isinstance(pattern, NM):
-            steps, rest = k // pattern.of * (pattern.of - pattern.kept), 0
-        else:
-            steps, rest = divmod(round(len(strips) * k * problem.sparsity), len(strips))
-        each = max(1, SLICE_BYTES // (4 * k * k))
-        parts = [_Strips(part, start, pattern) for part in torch.split(strips, each)]
-        ends = [part.remove(steps, bool(rest)) for part in parts]
-        moved, kept = (torch.cat(tensors) for tensors in zip(*(end[:2] for end in ends), strict=True))
-        if rest:  # the strips whose next column costs least lose one more
-            further, fewer, cost = (torch.cat(tensors) for tensors in zip(*(end[2:] for end in ends), strict=True))
-            extra = cost.argsort(stable=True)[:rest]
-            moved[extra], kept[extra] = further[extra], fewer[extra]
-        keep = kept.repeat_interleave(height, 0)[:rows]
-        weight = moved.view(-1, k)[:rows] / scale
-        return Solution(keep, weight.masked_fill(~keep, 0.0), notes)
+
+def _removed(
+    weight: Tensor, inverse: Tensor, pattern: Pattern, sparsity: float, dense: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return [out, in] weights and [out, in] bool what is kept; [in] bool `dense` marks groups of M that stay whole."""
+    rows, k = weight.shape
+    height = pattern.rows
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -rows % height))
+    strips = padded.view(-1, height, k)
+    if isinstance(pattern, NM):
+        free = k if dense is None else k - int(dense.sum())
+        steps, rest = free // pattern.of * (pattern.of - pattern.kept), 0
+    else:
+        steps, rest = divmod(round(len(strips) * k * sparsity), len(strips))
+    each = max(1, SLICE_BYTES // (4 * k * k))
+    parts = [_Strips(part, inverse, pattern, dense) for part in torch.split(strips, each)]
+    ends = [part.remove(steps, bool(rest)) for part in parts]
+    moved, kept = (torch.cat(tensors) for tensors in zip(*(end[:2] for end in ends), strict=True))
+    if rest:  # the strips whose next column costs least lose one more
+        further, fewer, cost = (torch.cat(tensors) for tensors in zip(*(end[2:] for end in ends), strict=True))
+        extra = cost.argsort(stable=True)[:rest]
+        moved[extra], kept[extra] = further[extra], fewer[extra]
+    return moved.view(-1, k)[:rows], kept.repeat_interleave(height, 0)[:rows]
 
 
 class _Strips:
@@ -86,7 +101,7 @@ class _Strips:
         [strips, left] bool, False for columns that went since the arrays were compacted.
     """
 
-    def __init__(self, weight: Tensor, inverse: Tensor, pattern: Pattern) -> None:
+    def __init__(self, weight: Tensor, inverse: Tensor, pattern: Pattern, dense: Tensor | None) -> None:
         count, _, k = weight.shape
         self.k = k
         self.start = inverse
@@ -97,6 +112,8 @@ class _Strips:
         self.nm = pattern if isinstance(pattern, NM) else None
         of = self.nm.of if self.nm is not None else k
         self.room = torch.full((count, k // of), of, device=weight.device)  # alive columns of each group
+        if self.nm is not None and dense is not None:
+            self.room[:, dense.view(-1, of)[:, 0]] = self.nm.kept  # so none of them may go
 
     def remove(self, steps: int, further: bool) -> tuple[Tensor, ...]:
         """Remove `steps` columns of every strip.

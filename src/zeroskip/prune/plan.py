@@ -88,6 +88,12 @@ class Plan:
         free = [site.name for site in sites if site.name in free]
         for site in sites:
             settings[site.name].check(site)
+        for name in free:
+            if not settings[name].pattern.shared:
+                raise ZeroskipError(
+                    f"{name}: a budget cannot change {settings[name].pattern.name}: name the pattern in a rule, which "
+                    "keeps it, or leave the budget out"
+                )
         if recipe.budget is not None and not free:
             raise ZeroskipError(
                 f"budget {recipe.budget.name!r} has no layer: the rules give each a sparsity of its own"
@@ -95,7 +101,7 @@ class Plan:
         plan = Plan(recipe.values, recipe.values["seed"], blocks, sites, settings, skipped, free)
         if recipe.values["permute"] and plan.surveys:
             raise ZeroskipError(f"permute: {plan.names} looks at the whole model before channels move: leave one out")
-        if recipe.values["permute"] and not any(each.pattern.grouped for each in settings.values()):
+        if recipe.values["permute"] and not any(each.pattern.permutes for each in settings.values()):
             raise ZeroskipError(
                 "permute serves N:M, strips and blocks; without such a pattern it gains nothing: leave it out"
             )

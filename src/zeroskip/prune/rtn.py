@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from zeroskip.prune.base import Integers, Method, Problem, Solution
-from zeroskip.prune.patterns import Block, Pattern
+from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.scales import group_scales, spread
 from zeroskip.quantize import codes_of
 
@@ -22,7 +22,7 @@ class Rtn(Method):
     quantizes = True
 
     def serves(self, pattern: Pattern) -> bool:
-        return pattern == Block("unstructured", 1, 1)
+        return pattern.name == "unstructured"
 
     def run(self, problem: Problem) -> Solution:
         integers = problem.integers or Integers("int4", 64)

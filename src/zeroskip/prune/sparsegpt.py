@@ -6,7 +6,7 @@ With H = G + lambda diag(G) and U^T U = H^-1, U upper, the weights of column j t
 
 and cost e^2, the exact rise of the loss tr(dW H dW^T) after the best answer of the columns after j. Zeros are chosen
 by w^2 / U_jj^2 on the weights as the sweep has left them: in groups of M where the pattern is N:M (or N:M@V, the
-scores of a strip summed), in blocks of 128 columns otherwise.
+scores of a strip summed), in blocks of 128 columns otherwise. What a split leaves dense is chosen before the sweep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
 from zeroskip.prune.numerics import inverse_factor, unit_gram
-from zeroskip.prune.patterns import NM, Block, Pattern
+from zeroskip.prune.patterns import Block, Pattern, Split
 
 RIDGE = 0.01
 WIDTH = 128  # columns whose updates are gathered into one matrix product
@@ -27,7 +27,7 @@ Rounding = Callable[[int, Tensor], Tensor]
 
 
 class SparseGPT(Method):
-    """Serves every pattern.
+    """Serves every pattern but unstructured zeros that compete beyond a block of columns.
 
     Source: Frantar and Alistarh 2023 (arXiv 2301.00774); ours puts the ridge on diag(G) instead of its mean, counts
     exactly, and lets strips and blocks choose by their summed scores.
@@ -35,6 +35,9 @@ class SparseGPT(Method):
 
     name = "sparsegpt"
     needs = ("gram",)
+
+    def serves(self, pattern: Pattern) -> bool:
+        return in_one_sweep(pattern)
 
     def run(self, problem: Problem) -> Solution:
         unit, scale = unit_gram(problem.stats["gram"])
@@ -68,10 +71,14 @@ def sweep(
     rows, k = weight.shape
     work = weight.t().contiguous()  # a column is one contiguous row
     keep = torch.ones_like(work, dtype=torch.bool) if isinstance(pattern, Pattern) else pattern.t().contiguous()
-    unit = pattern.of if isinstance(pattern, NM) else pattern.width if isinstance(pattern, Block) else 1
+    asked = pattern.together if isinstance(pattern, Pattern) else None
+    unit = asked or (pattern.width if isinstance(pattern, Block) else 1)
     width = max(1, WIDTH // unit) * unit
-    together = unit if isinstance(pattern, NM) else width  # columns whose zeros are chosen at once
+    together = asked or width  # columns whose zeros are chosen at once
     pivots = upper.diagonal().unsqueeze(1)
+    dense = None
+    if isinstance(pattern, Split):
+        dense, pattern = pattern.dense((work / pivots).square_().t()).t(), pattern.rest
     loss = 0.0
     for start in range(0, k, width):
         stop = min(start + width, k)
@@ -81,6 +88,8 @@ def sweep(
                 part = slice(j, min(j + together, stop))
                 score = (work[part] / pivots[part]).square_().t()
                 keep[part] = pattern.select(score, _share(pattern, sparsity, weight.shape, part.start, part.stop)).t()
+                if dense is not None:
+                    keep[part] |= dense[part]
             new = work[j] if rounding is None else rounding(j, work[j])
             new = torch.where(keep[j], new, 0.0)
             error = (work[j] - new) / upper[j, j]
@@ -90,6 +99,11 @@ def sweep(
         work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
         loss += float(errors.double().square().sum())
     return keep.t(), work.t(), loss
+
+
+def in_one_sweep(pattern: Pattern) -> bool:
+    """Whether a sweep over the columns can choose: not where scores compete over columns far apart."""
+    return pattern.scope in (None, "columns")
 
 
 def _share(pattern: Pattern, sparsity: float, shape: torch.Size, start: int, stop: int) -> float:

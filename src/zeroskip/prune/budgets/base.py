@@ -14,7 +14,7 @@ from torch import Tensor
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site
 from zeroskip.prune.base import Method
-from zeroskip.prune.patterns import NM, Block
+from zeroskip.prune.patterns import Block
 from zeroskip.prune.settings import Settings
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Item:
     @property
     def steps(self) -> Floats | None:
         """The sparsities that its pattern can have, rising, or None where every unit counts."""
-        pattern = self.settings.pattern
-        return np.arange(pattern.of) / pattern.of if isinstance(pattern, NM) else None
+        of = self.settings.pattern.steps
+        return None if of is None else np.arange(of) / of
 
 
 class Budget:

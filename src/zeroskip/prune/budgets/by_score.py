@@ -10,7 +10,6 @@ zeros go where they pay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 from zeroskip.prune.base import Method, Problem
 from zeroskip.prune.budgets.base import Budget, Floats, Item, Levels
 from zeroskip.prune.budgets.costs import Cost
-from zeroskip.prune.patterns import NM, Block
+from zeroskip.prune.patterns import Block, Pattern
 from zeroskip.prune.site import of_group
 
 POINTS = 4096  # of a curve; where a layer has fewer weights, every one of them
@@ -60,7 +59,7 @@ class ByScore(Budget):
         scores = _score(item)
         total = float(scores.sum(dtype=torch.float64))
         unit = total if self.values["relative"] and total > 0 else 1.0
-        if isinstance(item.settings.pattern, NM):
+        if item.steps is not None:
             shares = np.asarray(item.steps)
             return shares, np.array([_lost(scores, item.settings.pattern, share) for share in shares]) / unit
         kept = cast(Block, item.settings.pattern)
@@ -71,11 +70,10 @@ class ByScore(Budget):
         return points / (len(summed) - 1), summed[points] / unit
 
 
-def _lost(scores: Tensor, pattern: NM, share: float) -> float:
-    kept = round((1 - share) * pattern.of)
-    if kept == pattern.of:
+def _lost(scores: Tensor, pattern: Pattern, share: float) -> float:
+    if share == 0 or pattern.steps is None:
         return 0.0
-    fewer = replace(pattern, kept=kept)
+    fewer = pattern.with_kept(round((1 - share) * pattern.steps))
     return sum(float(score[~fewer.select(score, share)].sum(dtype=torch.float64)) for score in scores)
 
 

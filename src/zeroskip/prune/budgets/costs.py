@@ -14,7 +14,6 @@ from zeroskip.formats import get, names, pack
 from zeroskip.formats.blob import VALUES
 from zeroskip.planning.candidates import DENSE_FORMATS, NAMES, check_precision
 from zeroskip.prune.budgets.base import Floats, Item
-from zeroskip.prune.patterns import NM
 
 __all__ = ["Bytes", "Cost", "Flops", "Params", "example", "line", "samples"]
 
@@ -117,11 +116,9 @@ def example(item: Item, share: float) -> Tensor:
     made = torch.randn(weight.shape[1:], generator=draw)
     score = torch.rand(made.shape, generator=draw)
     pattern = item.settings.pattern
-    if isinstance(pattern, NM):
-        kept = round((1 - share) * pattern.of)
-        made *= NM(f"{kept}:{pattern.of}@{pattern.strip}", kept, pattern.of, pattern.strip).select(score, share)
-    else:
-        made *= pattern.select(score, share)
+    if pattern.steps is not None:
+        pattern = pattern.with_kept(round((1 - share) * pattern.steps))
+    made *= pattern.select(score, share)
     return made.to(torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype)
 
 
