@@ -80,7 +80,7 @@ def select_sites(
             skipped[site.name] = f"excluded by {barred!r}"
         elif site.adapter.asked and not any(map(_literal, fitting)):
             skipped[site.name] = f"{site.adapter.asked}; name it in include= to prune it"
-        elif id(site.tensor) in tied and site.name not in wanted:
+        elif id(site.tensor) in tied and not any(map(_literal, fitting)):
             skipped[site.name] = "weight tied to another module; name it in include= to prune both"
         else:
             sites.append(site)

@@ -19,6 +19,7 @@ class Stat:
 
     known: ClassVar[dict[str, type[Stat]]] = {}
     name: ClassVar[str]
+    wants: ClassVar[float] = 0.5  # tokens for each input, below which what is made of it gets worse
 
     def __init_subclass__(cls) -> None:
         Stat.known[cls.name] = cls
@@ -85,6 +86,7 @@ class Gram(Stat):
     """G = X^T X, [groups, in, in] fp32."""
 
     name = "gram"
+    wants = 2.0
 
     @staticmethod
     def of(x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from zeroskip.calibrate import Stat
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.prune.base import BlockSolver, Method, Problem, Solution, Solver
 
@@ -67,6 +69,10 @@ class Composition:
         """Names of the statistics to collect, each once."""
         parts: list[Method | Solver] = [self.method, *self.solvers]
         return tuple(dict.fromkeys(need for part in parts for need in part.needs))
+
+    def tokens_wanted(self, inputs: int) -> int:
+        """Return how many calibration tokens a matrix of so many inputs should see."""
+        return math.ceil(max((Stat.known[need].wants for need in self.needs), default=0.0) * inputs)
 
     def run(self, problem: Problem) -> tuple[Solution, Solution]:
         """Return (after the method, after the solvers)."""

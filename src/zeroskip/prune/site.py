@@ -14,7 +14,9 @@ from zeroskip.prune.base import Problem
 from zeroskip.prune.report import Row
 from zeroskip.prune.settings import Settings
 
-__all__ = ["of_group", "prune_site"]
+__all__ = ["SHORT", "of_group", "prune_site"]
+
+SHORT = "calibrated on only"
 
 
 @torch.no_grad()
@@ -30,10 +32,12 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
     before = after = total = 0.0
     shares = settings.pattern.shares(settings.sparsity, len(old), site.shape)
     blind: list[str] = []
+    least = tokens
     for group, weight in enumerate(old):
         part, seen = of_group(stats, group, tokens)
         if tokens and not seen:
             blind.append(str(group))
+        least = min(least, seen or least)
         problem = Problem(site.name, weight, settings.pattern, shares[group], part, draw, seen, settings.integers)
         first, last = settings.composition.run(problem)
         new[group] = last.weight.masked_fill(~last.keep, 0.0)
@@ -47,6 +51,10 @@ def prune_site(site: Site, settings: Settings, stats: Mapping[str, Tensor], toke
     if blind:
         which = ", ".join(blind)
         notes.append(f"no calibration token reached matrices {which} of {len(old)}: their zeros are chosen by size")
+    wanted = settings.composition.tokens_wanted(site.shape[2])
+    if 0 < least < wanted:
+        name, inputs = settings.composition.name, site.shape[2]
+        notes.append(f"{SHORT} {least} tokens; {name!r} wants {wanted} at least for {inputs} inputs: give more data")
     site.write(new)
     site.keep_scales(torch.stack(scales) if scales else None)
     written = site.weight()

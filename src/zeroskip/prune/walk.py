@@ -19,7 +19,7 @@ from zeroskip.permute import Permuter
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.report import Report, Row
 from zeroskip.prune.rotate import rotate
-from zeroskip.prune.site import prune_site
+from zeroskip.prune.site import SHORT, prune_site
 
 __all__ = ["UNSEEN", "Walk", "replay_of"]
 
@@ -64,6 +64,7 @@ class Walk:
     ) -> None:
         self.model, self.plan, self.found, self.report = model, plan, found, report
         self.journal, self.progress, self.stream = journal, progress, stream
+        self.warned = False
         self.permuter = Permuter() if plan.recipe["permute"] else None
 
     def plainly(self) -> None:
@@ -169,6 +170,10 @@ class Walk:
             if tokens or not settings.composition.needs_data:
                 draw = generator(self.plan.seed, site.name, site.weight().device)
                 rows.append(prune_site(site, settings, stats, tokens, draw))
+                short = [note for note in rows[-1].notes if note.startswith(SHORT)]
+                if short and not self.warned:
+                    log.warning("%s: %s (the report names every such layer)", site.name, short[0])
+                    self.warned = True
         return rows
 
     def _taught(self, replay: Replay, block: Block, sites: list[Site], teacher: Teacher) -> list[str]:
