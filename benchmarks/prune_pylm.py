@@ -3,9 +3,9 @@
     python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
-again. "permute:METHOD" permutes channels first; --recipes measures recipes instead. Perplexity as the data's README
-defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64 windows of 256
-tokens of the calibration text.
+again. "permute:METHOD" permutes channels first; "default" is what `prune` takes where no method is named; --recipes
+measures recipes instead. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not
+scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
 Seconds are those of the processor, so that they hold on a machine that does other things too.
 """
 
@@ -64,7 +64,8 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     else:
         pattern, sparsity = CELLS[which]
         asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
-        report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
+        name = method.removeprefix("permute:")
+        report = zeroskip.prune(model, None if name == "default" else name, **asked, calibration=batches)
     seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

@@ -213,7 +213,7 @@ def test_the_report_is_kept_with_the_model_and_is_json():
     assert model.zeroskip_report is report
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert Report.from_dict(data).rows == report.rows
-    assert report.recipe["method"] == "wanda+ls" and report.recipe["sparsity"] == 0.5
+    assert report.recipe["method"].startswith("obs") and report.recipe["sparsity"] == 0.5
     table = str(report)
     assert "model.layers.2.mlp.down_proj" in table and "21 sites, 50.00% zeros" in table
     assert copy.deepcopy(model).zeroskip_report.rows == report.rows

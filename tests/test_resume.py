@@ -86,9 +86,10 @@ def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, ki
     ]
 
 
-@pytest.mark.parametrize("method", methods())
-def test_every_method_resumes_after_any_number_of_blocks(tmp_path, monkeypatch, method):
-    monkeypatch.setattr("zeroskip.prune.tune.STEPS", 4)
+@pytest.mark.parametrize(
+    "method", [name for name in methods() if not Composition.parse(name).block_solvers or name.startswith("wanda")]
+)
+def test_every_method_resumes_after_any_number_of_blocks(tmp_path, method):
     model, again, path = llama(), llama(), tmp_path / "journal"
     given = {"sparsity": 0.4, "calibration": batches("llama", 2), "journal": path}
     if not Composition.parse(method).method.chooses:

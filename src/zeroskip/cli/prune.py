@@ -27,10 +27,13 @@ EXAMPLE = "zeroskip prune Qwen/Qwen3-0.6B out --recipe llm-int4-50 --text senten
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
-    method: Annotated[str, typer.Option(help="A name of zeroskip.methods(), such as wanda+ls, obs or alps.")] = (
-        "wanda+ls"
-    ),
-    pattern: Annotated[str, typer.Option(help="unstructured, N:M, N:M@V or block:RxC.")] = "unstructured",
+    method: Annotated[
+        str | None,
+        typer.Option(help="A name of zeroskip.methods(), such as wanda+ls. Default: obs in strips, else admm+ls."),
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, N:M, N:M@V, N:Mt, block:RxC or N:M+dense:25%: docs/pruning.md.")
+    ] = "unstructured",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros in [0, 1); N:M patterns imply theirs.")
     ] = None,

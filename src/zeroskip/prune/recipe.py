@@ -17,15 +17,16 @@ from zeroskip.model import site_patterns
 from zeroskip.prune.base import Method
 from zeroskip.prune.budgets import Budget, Target
 from zeroskip.prune.composition import Composition
+from zeroskip.prune.obs import Obs
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe_file import load_recipe
 from zeroskip.prune.rule import SETTINGS, Rule, check_entries, flag, tables_rule
 from zeroskip.prune.settings import Settings
 
-__all__ = ["DEFAULTS", "Recipe"]
+__all__ = ["DEFAULTS", "Recipe", "default_method"]
 
 DEFAULTS: dict[str, Any] = {
-    "method": "wanda+ls",
+    "method": None,
     "sparsity": None,
     "pattern": "unstructured",
     "include": None,
@@ -41,6 +42,11 @@ DEFAULTS: dict[str, Any] = {
 }
 YIELDING = ("group_size", "embeddings")  # what an argument may replace in a recipe
 ENTRIES = ("about", *DEFAULTS, "dense", "rules", "allocation")
+
+
+def default_method(pattern: Pattern) -> str:
+    """Return the method where none is named: the best perplexity for its time that was measured (docs/pruning.md)."""
+    return "obs" if pattern.rows > 1 and Obs().serves(pattern) else "admm+ls"
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,8 @@ class Recipe:
         if not isinstance(rules, list | tuple | None):
             raise ZeroskipError(f"rules is a {type(rules).__name__}: give a list of maps")
         tables = tables_rule(values["embeddings"])
+        if values["method"] is None:
+            values["method"] = default_method(Pattern.parse(values["pattern"]))
         share = _Share.read(values)
         if flag(asked, "dense", "recipe"):
             for key in (*SETTINGS, "budget", "target", "embeddings"):
@@ -210,6 +218,8 @@ class Recipe:
         if awake >= 0 and not self.rules[awake].changes["dense"]:
             source["dense"] = awake
         try:
+            if values["method"] is None:  # of a recipe that leaves all layers dense but those of its rules
+                values["method"] = default_method(Pattern.parse(values["pattern"]))
             _drop_inherited(values, source)
             free = self.budget is not None and source.get("sparsity", -1) < 0
             pattern = Pattern.parse(values["pattern"])

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def prune(
     model: nn.Module,
-    method: str = "wanda+ls",
+    method: str | None = None,
     *,
     sparsity: float | None = None,
     pattern: str = "unstructured",
@@ -59,12 +59,12 @@ def prune(
     model : nn.Module
         Modified in place: the weights in its blocks that `zeroskip.model.find_sites` finds, which may be fp32, bf16 or
         fp16; the work is done in fp32. The report is also set as `model.zeroskip_report`.
-    method : str
-        One of `methods()`.
+    method : str, optional
+        One of `methods()`. Without one: "obs" in strips, "admm+ls" elsewhere (see docs/pruning.md).
     sparsity : float, optional
         Fraction of zeros in [0, 1); implied by N:M patterns.
     pattern : str
-        "unstructured", "N:M", "N:M@V" or "block:RxC".
+        "unstructured", "N:M", "N:M@V", "N:Mt" (transposable), "block:RxC", "N:M+dense:25%": see docs/pruning.md.
     calibration : iterable of batches, optional
         A batch is a tensor (the one positional argument), a tuple (positional) or a dict (by keyword). Read once.
         Tokens where `attention_mask` is 0 count in no statistic.
@@ -122,7 +122,7 @@ def prune(
 
     Examples
     --------
-    >>> report = prune(model, "wanda+ls", pattern="8:16@64", calibration=batches)
+    >>> report = prune(model, pattern="8:16@64", calibration=batches)
     >>> print(report)
 
     Source: block by block with the pruned outputs fed on, as in Frantar and Alistarh 2023 (arXiv 2301.00774).
