@@ -90,6 +90,13 @@ def test_the_command_goes_on_with_its_json(tiny, tmp_path):
     assert "out.json" in refused("bench", "kernels", "--resume", "--json", path)
 
 
+def test_a_number_that_another_run_may_not_give_is_marked():
+    table = KernelTable("llm", "some", rows=[row(0.5, 2.0, 2.0), row(0.5, 0.5, 2.0, m=32)])
+    assert "| 2.00 (2.00) | 1.00 (0.50) |" in markdown(table)
+    table.rows[0].faster_than["dense int4"] = Spread(2.0, 1.2, 2.4)
+    assert "| 2.00 (2.00) | ~1.00 (0.50) |" in markdown(table)
+
+
 # Break-even -----------------------------------------------------------------------------------------------------------
 
 

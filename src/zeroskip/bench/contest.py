@@ -109,8 +109,11 @@ class Contest:
             for layout in found
             if not formats or layout.pattern is None or layout.format in formats or layout.format in DENSE_FORMATS
         ]
-        # Formats for a pattern stand for it; those that take any zeros are measured where the zeros are free.
+        # Formats for a pattern stand for it; those that take any zeros are measured where the zeros are free, also
+        # where these happen to leave whole columns empty, so that a wide pattern holds them.
         own = [layout for layout in wanted if not layout.dense and layout.pattern != FREE]
+        if self.case.zeros.pattern == FREE:
+            return wanted
         return [layout for layout in wanted if layout.dense or not own or layout in own]
 
     def _copies(self, nbytes: int) -> int:

@@ -21,7 +21,11 @@ LEGEND = (
     "x: how many times faster; median of the ratios of each round, in parentheses the middle half of them",
     "best dense: the fastest dense layout, torch's or ours, whose values are as wide or wider",
 )
-SUMMARY = "each number is the geometric mean over the cases, in parentheses the lowest"
+WIDE = 1.2
+SUMMARY = (
+    "each number is the geometric mean over the cases, in parentheses the lowest; with a ~ where the middle half of "
+    f"the rounds spans more than {WIDE - 1:.0%}, so that another run may give another number"
+)
 EVEN = "Break-even: the share of zeros from which on a sparse layout is as fast, in parentheses what was measured"
 COLUMNS = ("linear fp32", "linear bf16", "best dense")
 
@@ -129,7 +133,7 @@ def _summary(found: KernelTable) -> tuple[list[str], list[list[str]]]:
     header = ["layout", "zeros", "tokens", "threads", "cases", "% peak", "% read", *versus]
     body = []
     for (layout, zeros, tokens, threads), rows in sorted(groups.items()):
-        ratios = [[row.faster_than[name].value for row in rows if name in row.faster_than] for name in versus]
+        ratios = [[row.faster_than[name] for row in rows if name in row.faster_than] for name in versus]
         percents = [[row.peak_percent or 0.0 for row in rows], [row.bandwidth_percent or 0.0 for row in rows]]
         numbers = [f"{math.fsum(values) / len(values):.0f}" for values in percents]
         body.append([layout, zeros, str(tokens), str(threads), str(len(rows)), *numbers, *map(_mean, ratios)])
@@ -148,11 +152,14 @@ def _even(crossed: list[Against]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
-def _mean(ratios: list[float]) -> str:
+def _mean(ratios: list[Spread]) -> str:
     if not ratios:
         return "-"
-    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
-    return f"{mean:.2f} ({min(ratios):.2f})"
+    value, low, high = (
+        math.exp(math.fsum(map(math.log, each)) / len(ratios))
+        for each in zip(*((one.value, one.low, one.high) for one in ratios), strict=True)
+    )
+    return f"{'~' * (high > WIDE * low)}{value:.2f} ({min(one.value for one in ratios):.2f})"
 
 
 def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -194,8 +194,8 @@ def bound(call: Call, x: Tensor) -> Callable[[], object]:
 def tell_apart(result: Measured) -> Callable[[Race], bool]:
     """Return the question that a race of these layouts has to settle.
 
-    Each running sparse candidate is clearly ahead of or behind the fastest dense one, or level with it within 1.5 %;
-    the two fastest dense ones are known within 2 %.
+    Each running candidate is clearly ahead of or behind the fastest dense one, or level with it within 1.5 %; and
+    behind the fastest of all, or level with it within 3 %: else which of two sparse ones is chosen would be luck.
     """
     dense_labels = {layout.label for layout in result.layouts if layout.dense}
 
@@ -212,6 +212,8 @@ def tell_apart(result: Measured) -> Callable[[Race], bool]:
             apart = ratio.low > 1.0 or ratio.high < 0.98
             if not apart and ratio.noise > 0.015:
                 return False
-        return True
+        leader = seen.fastest(running)
+        behind = [seen.ratio(name, leader) for name in running if name not in (leader, best)]
+        return leader == best or all(ratio.low > 1.0 or ratio.noise <= 0.03 for ratio in behind)
 
     return settled
