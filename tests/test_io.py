@@ -260,6 +260,8 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
         model: nn.Module = Plain()
     with pytest.raises(ZeroskipError, match="scale: is on the meta device"):
         save(model, tmp_path / "out")
+    with pytest.raises(ZeroskipError, match="tokenizer is a str: give an object with save_pretrained"):
+        save(plain(), tmp_path / "out", tokenizer="bert-base-uncased")
     with pytest.raises(ZeroskipError, match="max_shard_bytes is 0"):
         save(plain(), tmp_path / "out", max_shard_bytes=0)
     assert os.listdir(tmp_path) == []

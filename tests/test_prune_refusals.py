@@ -35,6 +35,8 @@ WRONG = [
     ({"calibration": []}, "empty"),
     ({"text": ["x"]}, "not both"),
     ({"calibration": None, "text": ["x"]}, "needs tokenizer"),
+    ({"calibration": None, "text": ["x"], "tokenizer": "llama"}, "tokenizer is a str: give the model's own"),
+    ({"calibration": None, "text": 5, "tokenizer": lambda text: text}, "text= is a int: give a list of strings"),
     ({"include": "nothing.like.it"}, "names no site"),
     ({"exclude": "*"}, "nothing to prune"),
     ({"loss": lambda: None}, "need gradients"),

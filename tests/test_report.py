@@ -156,6 +156,29 @@ def test_a_report_comes_back_from_json(pruned):
     assert "perplexity not measured: none" in str(report) and "speed: Do not bother" in str(report)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": None},
+        {"rows": [{"name": "a"}]},
+        {"rows": [row("a").__dict__ | {"shape": []}]},
+        {"rows": [row("a").__dict__ | {"sparsity_asked": "half"}]},
+        {"rows": [row("a").__dict__ | {"permuted": {"with": 3}}]},
+        {"seconds": None},
+        {"seconds": float("nan")},
+        {"skipped": ["a"]},
+        {"quality": {"about": "a text"}},
+        {"speed": {}},
+        {"budget": {"name": "owl"}},
+    ],
+)
+def test_what_was_no_report_is_refused_in_one_line(damage):
+    report = Report({"method": "a"}, [row("a")], {"b": "c"}, 1.5, {"problem": "none"}, SPEED)
+    with pytest.raises(ZeroskipError, match="the report is damaged") as caught:
+        Report.from_dict(report.to_dict() | damage)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     report = Report({}, [row("a")])
     path = tmp_path / "report.html"

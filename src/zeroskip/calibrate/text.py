@@ -52,6 +52,8 @@ def text_batches(
     """
     if tokenizer is None:
         raise ZeroskipError("text= needs tokenizer=, the model's own")
+    if not callable(tokenizer):
+        raise ZeroskipError(f"tokenizer is a {type(tokenizer).__name__}: give the model's own, as loaded")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ZeroskipError("text= serves encoders and decoders: give an encoder-decoder model calibration= batches")
@@ -111,6 +113,8 @@ def strings_of(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool = 
     ZeroskipError
         If there is none, or the file cannot be read.
     """
+    if not isinstance(text, str | os.PathLike | Iterable):
+        raise ZeroskipError(f"text= is a {type(text).__name__}: give a list of strings or a path")
     strings = _read(Path(text), paragraphs) if isinstance(text, str | os.PathLike) else list(text)
     if any(not isinstance(string, str) for string in strings):
         raise ZeroskipError("text= holds something that is no string: give a list of strings or a path")

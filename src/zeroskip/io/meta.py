@@ -129,7 +129,9 @@ def restore(model: nn.Module, info: Mapping[str, Any], where: str | Path) -> Non
             value: Any = kind.from_dict(stored)
             if what == "plan":
                 apply_tuning(model, value)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ZeroskipError(f"{where}: the {what} cannot be used: {type(error).__name__} {error}") from error
+        except ZeroskipError as error:
+            raise ZeroskipError(f"{where}: the {what} cannot be used: {error}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ZeroskipError(f"{where}: the {what} cannot be used: {error!r}") from error
         object.__setattr__(model, f"zeroskip_{what}", value)
     finish(model, info["sites"], _dtypes(model, info["sites"])[0], turned)

@@ -71,6 +71,8 @@ def save(
         raise ZeroskipError(f"max_shard_bytes is {max_shard_bytes!r}; give a positive number of bytes")
     expect("model", model, nn.Module, "an nn.Module")
     expect("directory", directory, str | os.PathLike, "a path")
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ZeroskipError(f"tokenizer is a {type(tokenizer).__name__}: give an object with save_pretrained")
     model = unwrapped(model)
     target = check_new(directory)
     info = meta.describe(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from zeroskip.errors import ZeroskipError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,10 +106,21 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
-        """Read what `to_dict` wrote."""
-        rows = [Row(**row) for row in data["rows"]]
-        more = {name: data.get(name) for name in ("quality", "speed", "budget")}
-        return Report(data["recipe"], rows, data["skipped"], data["seconds"], **more)
+        """Read what `to_dict` wrote.
+
+        Raises
+        ------
+        ZeroskipError
+            If it is something else: what can be neither printed nor written again was not written by us.
+        """
+        try:
+            rows = [Row(**row) for row in data["rows"]]
+            more = {name: data.get(name) for name in ("quality", "speed", "budget")}
+            report = Report(data["recipe"], rows, data["skipped"], data["seconds"], **more)
+            _ = str(report), json.dumps(report.to_dict(), allow_nan=False)
+        except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ZeroskipError(f"the report is damaged: {error!r}") from error
+        return report
 
     def html(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
         """Write a page that needs no other file and no network; with the pruned `model`, pictures of its zeros too.
