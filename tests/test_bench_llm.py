@@ -1,17 +1,22 @@
 """The benchmark of language models: who takes part, what is measured, what is refused."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from cli_models import cli, refused, shorten_races, shorter, write_decoder, write_encoder, write_endless
 
-from zeroskip.bench import llm, llm_models
+import zeroskip as zs
+from zeroskip.bench import llm, llm_models, llm_profile
 from zeroskip.bench.llm import Settings, bench_llm, rivals
 from zeroskip.bench.llm_models import Step, narrowest, prompt, random_model, without_data
 from zeroskip.bench.llm_results import Contender, Footprint, LlmTable
+from zeroskip.bench.llm_steps import profile_table
 from zeroskip.bench.suites import Transformer
 from zeroskip.errors import ZeroskipError
+from zeroskip.nn import PackedLinear
 from zeroskip.prune import prune, recipes
 
 TINY = Transformer("tiny", 2, 128, 128, 64, 192)
@@ -26,6 +31,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(llm, "alone", lambda *about: ALONE)
     monkeypatch.setitem(llm_models.SHAPES, "llama-1b", TINY)
     monkeypatch.setattr(llm_models, "VOCABULARY", 96)
+    monkeypatch.setenv("ZEROSKIP_PEERS", "none/here")
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def test_a_model_is_measured_with_its_rivals_and_what_is_missing_is_named(quick,
     assert told["settings"]["tokens"] == [8, 16] and told["versions"]["torch"] == torch.__version__
     shown = result.stdout
     assert all(name in shown for name in names) and "missing: llama_cpp: " in shown
-    assert "decode, 8 tokens, batch 3" in shown and "500.0 MB (300.0 MB)" in shown
+    assert "decode, 8 tokens, batch 3, threads 1" in shown and "500.0 MB (300.0 MB)" in shown
 
 
 def test_zeros_and_integers_of_the_recipe_are_there_without_data(quick):
@@ -191,3 +197,20 @@ def test_models_that_are_not_causal_or_have_no_room_are_refused(quick, endless, 
     for file in endless.glob("tokenizer*"):
         file.unlink()
     assert "has no tokenizer" in refused("bench", "llm", "--model", endless, "--tokens", "8", "--text", text)
+
+
+# The profile ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_taken_apart(quick):
+    model = random_model("llama-1b", 2).eval()
+    told = llm_profile.profile_step("m", model, prompt(model, 6, 1))
+    assert told.calls == 2 * 7 + 1 and told.tokens == 6 and told.compiled_ms is None
+    assert 0 < told.kernels_ms < told.step_ms and 0 < told.attention_ms < told.step_ms
+    assert told.rest_ms == pytest.approx(told.step_ms - told.kernels_ms - told.attention_ms)
+    packed = copy.deepcopy(model)
+    packed.lm_head = PackedLinear.from_packed(zs.pack(model.lm_head.weight.data, "dense", "int8"))
+    assert llm_profile.profile_step("m", packed, prompt(model, 6, 1)).calls == 2 * 7 + 1
+    shown = "\n".join(profile_table([told, replace(told, compiled_ms=1.0)]))
+    assert "generate ms" in shown and "1.00" in shown
+    assert torch.nn.functional.linear.__name__ == "linear"  # nothing stays watched

@@ -10,6 +10,9 @@ import pytest
 import torch
 from oracle import EPS, cases, example, random, verify
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zeroskip as zs
 from zeroskip import _core, ops
@@ -216,6 +219,32 @@ def test_opcheck() -> None:
             (random(2, 3, K, dtype=dtype), blob, random(M), M, 1),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+def test_the_dispatcher_is_left_out_only_where_nothing_looks() -> None:
+    """Eager calls go straight to the kernel; what traces, watches or differentiates sees the op."""
+    model, x, op = Small("csr"), random(3, K), torch.ops.zeroskip.linear.default
+    plain = model(x)
+
+    class Watching(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[object] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watching() as watching:
+        assert torch.equal(model(x), plain)
+    assert watching.seen.count(op) == 2
+    graph = make_fx(model)(x).graph
+    assert [node.target for node in graph.nodes].count(op) == 2
+    assert ops.is_plain(x) and not ops.is_plain(x.clone().requires_grad_()) and not ops.is_plain(nn.Parameter(x))
+    with torch.no_grad():
+        assert ops.is_plain(x.clone().requires_grad_())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model.up(mode.from_tensor(x)).shape == (3, M)
 
 
 @each_format

@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.hf_cache import attach_cache
 from zeroskip.io import meta, sites
 from zeroskip.io.load import check_sites, read_files
 from zeroskip.planning.install import compiled_layers
@@ -178,8 +179,8 @@ def attach(model: Any) -> None:
     """Make a compiled model behave in transformers: `save_pretrained`, `tie_weights`, `resize_token_embeddings`.
 
     Sets `config.quantization_config`, so that a foreign ``save_pretrained`` writes a directory that loads; unties
-    what was packed, so that ``tie_weights()`` cannot put a dense embedding back; refuses to resize a packed table.
-    A model without compiled layers loses the section.
+    what was packed, so that ``tie_weights()`` cannot put a dense embedding back; refuses to resize a packed table;
+    keeps keys and values where a decode step need not copy them. A model without compiled layers loses the section.
 
     Parameters
     ----------
@@ -191,6 +192,7 @@ def attach(model: Any) -> None:
         if isinstance(getattr(model.config, "quantization_config", None), ZeroskipConfig):
             del model.config.quantization_config
         return
+    attach_cache(model)
     info = meta.describe(model)
     ties, broken = ties_of(model)
     if broken:

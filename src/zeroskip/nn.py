@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import Part, activation_code, call, call_by, call_many
+from zeroskip.ops import Part, activation_code, call, call_by, call_many, call_plain, is_plain
 
 __all__ = ["PackedLinear", "Siblings"]
 
@@ -75,6 +75,8 @@ class PackedLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Return x [..., k] times the weight, with bias and activation, by the layer's own kernel if it has one."""
         own, kernel = self._parameters, self.kernel  # self.weight and self.bias would take a microsecond to find
+        if is_plain(x):
+            return call_plain(x, cast(Tensor, own["weight"]), own["bias"], self.out_features, self._act, kernel)
         if kernel is None:
             y: Tensor = call(x, own["weight"], own["bias"], self.out_features, self._act)
         else:

@@ -19,7 +19,9 @@ __all__ = [
     "call_by",
     "call_many",
     "call_one",
+    "call_plain",
     "convolve",
+    "is_plain",
     "kernels",
     "linear",
     "run",
@@ -47,7 +49,8 @@ def activation_code(activation: str | None) -> int:
     return ACTIVATIONS.index(name)
 
 
-def _call(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str | None = None) -> Tensor:
+def call_plain(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str | None = None) -> Tensor:
+    """Do what the ops do, without the dispatcher: only where `is_plain`."""
     kind = _TYPES.get(x.dtype)
     if kind is None:
         raise ZeroskipError(f"x is {x.dtype}: packed weights take float32, bfloat16 or float16 activations")
@@ -154,13 +157,29 @@ def call_one(x: Tensor, part: Part) -> Tensor:
     return y
 
 
+def is_plain(x: Tensor) -> bool:
+    """Return whether nothing but the kernel has to see a call: no tracing, no dispatch mode, no gradient.
+
+    Then the dispatcher, which costs more than the checks of a call and its output together, may be left out.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def call_many(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     """Return what `call_one` returns for each part, with what concerns `x` done once and no dispatcher between.
 
-    For eager calls: nothing that traces sees them. What is out of the ordinary takes the ordinary way.
+    What is out of the ordinary takes the ordinary way.
     """
     kind, shape = _TYPES.get(x.dtype), x.shape
-    if type(x) is not Tensor or kind is None or not x.is_cpu or not x.is_contiguous() or not x.numel():
+    if kind is None or not is_plain(x) or not x.is_contiguous() or not x.numel():
         return [call_one(x, part) for part in parts]
     k = shape[-1]
     at, tokens, threads = x.data_ptr(), x.numel() // k, 1 if _forked else torch.get_num_threads()
@@ -197,12 +216,12 @@ _library = torch.library.Library("zeroskip", "DEF")  # type: ignore[no-untyped-c
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor blob, Tensor? bias, int m, int act) -> Tensor"
 )
-_library.impl("linear", _call, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("linear", call_plain, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::linear", _linear_fake, lib=_library)
 _library.define(  # type: ignore[no-untyped-call]
     "linear_by(Tensor x, Tensor blob, Tensor? bias, int m, int act, str kernel) -> Tensor"
 )
-_library.impl("linear_by", _call, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("linear_by", call_plain, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("zeroskip::linear_by", _linear_by_fake, lib=_library)
 _library.define(  # type: ignore[no-untyped-call]
     "convolve(Tensor x, Tensor blob, Tensor? bias, int m, int[] geometry, str? kernel=None) -> Tensor"
@@ -252,7 +271,7 @@ def run(
     packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str | None = None, kernel: str | None = None
 ) -> Tensor:
     """Like `linear`, with one kernel forced (None: the one chosen for this many tokens)."""
-    return _call(x, packed.blob, bias, packed.shape[0], activation_code(activation), kernel)
+    return call_plain(x, packed.blob, bias, packed.shape[0], activation_code(activation), kernel)
 
 
 def kernels(packed: Packed) -> tuple[str, ...]:

@@ -10,13 +10,12 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zeroskip.bench import peers
 from zeroskip.bench.llm_models import (
@@ -26,16 +25,22 @@ from zeroskip.bench.llm_models import (
     Step,
     alone,
     generate,
+    held_bytes,
     narrowest,
     prompt,
     random_model,
     without_data,
 )
+from zeroskip.bench.llm_profile import profile_step
 from zeroskip.bench.llm_results import Contender, LlmTable, Timing
+from zeroskip.bench.llm_rivals import Rivals
+from zeroskip.bench.llm_settings import DTYPES, Settings
+from zeroskip.bench.peers.remote import WorkClock
 from zeroskip.bench.timer import race
-from zeroskip.calibrate import strings_of, window_limit
+from zeroskip.bench.turns import Turns
+from zeroskip.calibrate import strings_of, token_stream, window_limit
 from zeroskip.compile import compile as compile_model
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError
 from zeroskip.io import load, save
 from zeroskip.io.companions import TOKENIZERS, copy_companions
 from zeroskip.io.save import check_new
@@ -44,85 +49,13 @@ from zeroskip.planning.plan import plan_of
 from zeroskip.prune import Recipe, prune
 from zeroskip.prune.recipe import DEFAULTS
 from zeroskip.quality import perplexity
-from zeroskip.quality.perplexity import sizes
+from zeroskip.quality.perplexity import sizes, windows
 
 __all__ = ["Settings", "bench_llm", "rivals"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WRONG = 0.1  # a compiled model whose logits differ by more of the largest one gets no time
 ROUNDS = 7
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to benchmark.
-
-    Attributes
-    ----------
-    model : Path or None
-        A Hugging Face directory of a dense causal language model.
-    shape : str
-        Instead of `model`: random weights of one of `SHAPES`, with `layers` blocks where given.
-    recipes : tuple of str
-        Names or files of recipes.
-    tokens, batch : tuple of int
-        Of prompts; sequences that are decoded together.
-    dtype : "fp32" or "bf16"
-        What ours compute in between their layers; torch's rivals take part in both.
-    text, context
-        As for `zeroskip.perplexity`; without text none is measured.
-    calibration : Path or None
-        Text for methods that need data; without it others stand for them: `without_data`.
-    race_s : float
-        Seconds of each race, once it has its least number of rounds.
-    peers : tuple of str
-        Other libraries that are asked for.
-    """
-
-    model: Path | None = None
-    shape: str = ""
-    layers: int | None = None
-    recipes: tuple[str, ...] = ("none", "llm-int8-50", "llm-int4-50")
-    tokens: tuple[int, ...] = (128, 1024)
-    batch: tuple[int, ...] = (1, 4, 16)
-    threads: int = 1
-    dtype: str = "fp32"
-    text: Path | None = None
-    context: int | None = None
-    calibration: Path | None = None
-    race_s: float = 5.0
-    peers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if (self.model is None) == (not self.shape):
-            raise ZeroskipError("give a model directory or a shape: one of them, not both")
-        if self.shape and self.shape not in SHAPES:
-            raise ZeroskipError(f"unknown shape {self.shape!r}{suggest(self.shape, SHAPES)}")
-        if self.model is not None and not self.model.is_dir():
-            raise ZeroskipError(f"{self.model}: no such model directory")
-        if self.layers is not None and (not self.shape or self.layers < 1):
-            raise ZeroskipError(f"layers is {self.layers}: give 1 or more, and only with a shape")
-        if self.shape and (self.text is not None or self.calibration is not None):
-            raise ZeroskipError(f"{self.shape} has random weights and no tokenizer: give a model, or no text")
-        if self.dtype not in DTYPES:
-            raise ZeroskipError(f"unknown dtype {self.dtype!r}{suggest(self.dtype, DTYPES)}")
-        names = [Path(recipe).name for recipe in self.recipes]
-        if not names or len(names) > len(set(names)):
-            raise ZeroskipError(f"recipes {', '.join(names) or 'are none'}: give each once, and at least one")
-        for recipe in self.recipes:
-            Recipe.read(DEFAULTS, recipe)
-        for what, counts in {"tokens": self.tokens, "batch": self.batch, "threads": (self.threads,)}.items():
-            if not counts or min(counts) < 1:
-                raise ZeroskipError(f"{what} {counts}: give numbers of at least 1")
-        if not 0 < self.race_s < math.inf:
-            raise ZeroskipError(f"race_s is {self.race_s}: give seconds above 0")
-        for name in self.peers:
-            if name not in peers.names():
-                raise ZeroskipError(f"unknown peer {name!r}{suggest(name, peers.names())}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 
 def rivals() -> list[str]:
@@ -148,7 +81,7 @@ def bench_llm(settings: Settings, folder: Path, progress: Progress = lambda done
         a text that cannot be read or has no tokenizer.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads[0])
     try:
         return _Bench(settings, check_new(folder), progress).run()
     finally:
@@ -165,14 +98,12 @@ class _Bench:
 
         self.settings, self.folder, self.progress = settings, folder, progress
         self.dtype = DTYPES[settings.dtype]
-        self.done, self.steps = 0, 2 * (len(DTYPES) + len(settings.recipes)) + len(settings.tokens + settings.batch)
+        races = len(settings.threads) * len(settings.tokens + settings.batch)
+        self.done, self.steps = 0, 2 * (len(DTYPES) + len(settings.recipes)) + races + bool(settings.peers)
         packages = (zeroskip, torch, transformers)
         versions = {package.__name__: str(package.__version__) for package in packages}
         name = str(settings.model or f"{settings.shape}, {settings.layers or SHAPES[settings.shape].blocks} layers")
         self.found = LlmTable(name, str(this_machine()), settings.to_dict(), versions)
-        for peer in settings.peers:
-            why = "it runs no whole models here yet; for its products alone: zeroskip bench kernels --peers"
-            self.found.missing[peer] = f"{why} {peer}"
         self.tokenizer = None if settings.text is None and settings.calibration is None else self._tokenizer()
 
     def run(self) -> LlmTable:
@@ -182,21 +113,59 @@ class _Bench:
             self._next(f"{one.name} alone")
             if one.problem is None:
                 where = self.folder / one.name
-                one.footprint = alone(one.name, where, self.settings.threads, self.settings.tokens)
+                one.footprint = alone(one.name, where, self.settings.threads[0], self.settings.tokens)
         models = {one.name: load(self.folder / one.name) for one in self.found.contenders if one.problem is None}
-        with torch.inference_mode():
-            for count in self.settings.tokens:
-                self._next(f"first token after {count}")
-                self._race("first token", models, count, 1)
-            for batch in self.settings.batch:
-                self._next(f"decode, batch {batch}")
-                self._race("decode", models, min(self.settings.tokens), batch)
-        for one in self.found.contenders:
-            if self.settings.text is not None and one.name in models:
-                self.progress(self.steps, self.steps, f"perplexity of {one.name}")
-                told = perplexity(models[one.name], self.settings.text, self.tokenizer, context=self.settings.context)
-                one.perplexity = told.to_dict()
+        source = self.folder / "torch bf16"
+        with Rivals(self.settings.peers, self.settings.modes, source, self.folder) as rivals:
+            if self.settings.peers:
+                self._next("other libraries")
+                self.found.contenders += rivals.make(*self._expected(models), self.settings.threads[0])
+                self.found.missing |= rivals.missing
+            for threads in self.settings.threads:
+                torch.set_num_threads(threads)
+                if threads != self.settings.threads[0]:
+                    rivals.again(threads)
+                with torch.inference_mode():
+                    self._races(models, rivals, threads)
+            self._perplexities(models, rivals)
         return self.found
+
+    def _expected(self, models: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return a prompt [1, tokens], and what the dense model says after it, [vocabulary] fp32."""
+        dense = [models[name] for name in ("torch fp32", "torch bf16") if name in models]
+        model = dense[0] if dense else load(self.folder / "torch bf16")
+        ids = prompt(model, min(self.settings.tokens), 1)
+        with torch.inference_mode():
+            return ids, model(ids, use_cache=False).logits[0, -1].float()
+
+    def _races(self, models: Mapping[str, Any], rivals: Rivals, threads: int) -> None:
+        shortest = min(self.settings.tokens)
+        for count in self.settings.tokens:
+            self._next(f"first token after {count}, {threads} threads")
+            self._race("first token", models, rivals, count, 1, threads)
+        for batch in self.settings.batch:
+            self._next(f"decode, batch {batch}, {threads} threads")
+            self._race("decode", models, rivals, shortest, batch, threads)
+        if self.settings.profile:
+            for name, model in models.items():
+                self.progress(self.steps, self.steps, f"profile of {name}")
+                told = profile_step(name, model, prompt(model, shortest, 1), self.settings.compiled)
+                self.found.profiles.append(told)
+
+    def _perplexities(self, models: Mapping[str, Any], rivals: Rivals) -> None:
+        text = self.settings.text
+        if text is None:
+            return
+        context = 0
+        for one in self.found.contenders:
+            if one.name in models:
+                self.progress(self.steps, self.steps, f"perplexity of {one.name}")
+                told = perplexity(models[one.name], text, self.tokenizer, context=self.settings.context)
+                one.perplexity, context = told.to_dict(), told.context
+        for rival in rivals.found:
+            self.progress(self.steps, self.steps, f"perplexity of {rival.contender.name}")
+            stream = token_stream(strings_of(text), self.tokenizer)
+            rival.contender.perplexity = rival.perplexity(windows(stream, context, context))
 
     def _next(self, what: str) -> None:
         self.progress(self.done, self.steps, what)
@@ -241,7 +210,11 @@ class _Bench:
     def _make(self) -> None:
         for name, dtype in DTYPES.items():
             self._next(f"torch {name}")
-            self._store(Contender(f"torch {name}", "rival", name), self._source(dtype))
+            one = Contender(f"torch {name}", "rival", name)
+            if name in self.settings.dense:
+                self._store(one, self._source(dtype))
+            elif name == "bf16" and self.settings.peers:
+                save(self._source(dtype), self.folder / one.name)  # what theirs are made of
         for recipe in self.settings.recipes:
             self._next(recipe)
             one, model = Contender(Path(recipe).name, "ours", self.settings.dtype), self._source(self.dtype)
@@ -277,21 +250,36 @@ class _Bench:
         if self.settings.model is not None:
             copy_companions(self.settings.model, where)
         one.disk_bytes = sum(file.stat().st_size for file in where.glob("*.safetensors"))
+        one.memory_bytes = held_bytes(model)
         self.found.contenders.append(one)
 
-    def _race(self, what: str, models: Mapping[str, Any], tokens: int, batch: int) -> None:
+    def _race(
+        self, what: str, models: Mapping[str, Any], rivals: Rivals, tokens: int, batch: int, threads: int
+    ) -> None:
         runners: dict[str, list[Callable[[], object]]] = {}
         prepare: dict[str, Callable[[], object]] = {}
+        turns, clock, ids = Turns(), WorkClock(), torch.zeros(0)
         for name, model in models.items():
             ids = prompt(model, tokens, batch)
+            settle = turns.of("")
             if what == "decode":
                 step = Step(model, ids)
-                runners[name], prepare[name] = [step], step.again
+                runners[name], prepare[name] = [step], partial(_both, step.again, settle)
             else:
-                runners[name] = [partial(generate, model, ids, 1)]
-        seen = race(runners, prepare=prepare, budget_s=self.settings.race_s, min_rounds=ROUNDS, retire=False)
+                runners[name], prepare[name] = [partial(generate, model, ids, 1)], settle
+        for rival in rivals.found:
+            name = rival.contender.name
+            runners[name], prepare[name] = [rival.runner(what, ids, clock)], turns.of(rival.process.name)
+        seen = race(
+            runners, prepare=prepare, budget_s=self.settings.race_s, min_rounds=ROUNDS, retire=False, clock=clock
+        )
         for name in seen.names:
             median, made = seen.median(name), batch if what == "decode" else tokens
             ratios = {other: seen.ratio(other, name) for other in seen.names if other != name}
-            timing = Timing(what, tokens, batch, name, median * 1e3, seen.rounds, made / median, ratios)
+            timing = Timing(what, tokens, batch, threads, name, median * 1e3, seen.rounds, made / median, ratios)
             self.found.times.append(timing)
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()

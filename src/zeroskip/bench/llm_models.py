@@ -24,7 +24,18 @@ from zeroskip.prune import Recipe
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.recipe import DEFAULTS
 
-__all__ = ["SHAPES", "Step", "alone", "footprint", "generate", "narrowest", "prompt", "random_model", "without_data"]
+__all__ = [
+    "SHAPES",
+    "Step",
+    "alone",
+    "footprint",
+    "generate",
+    "held_bytes",
+    "narrowest",
+    "prompt",
+    "random_model",
+    "without_data",
+]
 
 SHAPES = {"llama-1b": LLAMA_1B}
 HEAD, VOCABULARY, POSITIONS = 64, 32000, 4096
@@ -118,12 +129,17 @@ class Step:
         self.again()
 
     def again(self) -> None:
-        """Forget the tokens since the prompt: a layer of the cache binds new tensors, so the old ones are whole."""
-        self.cache = copy.copy(self.filled)
-        self.cache.layers = [copy.copy(layer) for layer in self.filled.layers]
+        """Forget the tokens since the prompt. The copy has room behind them, as a cache in use has."""
+        self.cache = copy.deepcopy(self.filled)
 
     def __call__(self) -> object:
         return self.model(self.last, past_key_values=self.cache, use_cache=True)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, a shared one counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def alone(name: str, folder: Path, threads: int, tokens: Sequence[int]) -> Footprint:

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+from zeroskip.bench.llm_steps import PROFILE_LEGEND, StepProfile, profile_table
 from zeroskip.bench.timer import Ratio
 from zeroskip.planning.report import human_bytes, table
 
 __all__ = ["Contender", "Footprint", "LlmTable", "Timing"]
 
-SCHEMA = 1
+SCHEMA = 2
 LEGEND = (
     "first token: a warm model's `generate` of one token after a prompt; decode: one step of all sequences, with the "
     "keys and values of the shortest prompt",
+    "weights: bytes of all parameters and buffers in memory, a shared one counted once",
     "x: how many times faster, ratio of the medians of interleaved rounds, in parentheses its 98 % interval",
     "load, first: a new process, after its imports, until the model is there, and from there to the first token "
     "after the shortest prompt",
@@ -57,6 +59,8 @@ class Contender:
         The recipes that were applied, one after the other.
     disk_bytes : int
         Of the weight files.
+    memory_bytes : int
+        Of all weights in memory.
     layers : {layout: how many}
         What `compile` chose for its sites.
     outcome : str
@@ -74,6 +78,7 @@ class Contender:
     dtype: str
     steps: list[dict[str, Any]] = field(default_factory=list)
     disk_bytes: int = 0
+    memory_bytes: int = 0
     layers: dict[str, int] = field(default_factory=dict)
     outcome: str = ""
     logits_error: float | None = None
@@ -89,8 +94,8 @@ class Timing:
     Attributes
     ----------
     what : "first token" or "decode"
-    tokens, batch : int
-        Of the prompt; sequences.
+    tokens, batch, threads : int
+        Of the prompt; sequences; of the machine.
     ms : float
         Median of `rounds` rounds.
     tokens_a_second : float
@@ -102,6 +107,7 @@ class Timing:
     what: str
     tokens: int
     batch: int
+    threads: int
     contender: str
     ms: float
     rounds: int
@@ -120,6 +126,8 @@ class LlmTable:
         What was asked for.
     versions : {package: version}
     missing : {peer: why it did not take part}
+    profiles : list of StepProfile
+        Of a decode step of each model in this process.
     """
 
     model: str
@@ -129,6 +137,7 @@ class LlmTable:
     contenders: list[Contender] = field(default_factory=list)
     times: list[Timing] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    profiles: list[StepProfile] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -136,15 +145,29 @@ class LlmTable:
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.model} on {self.machine}", versions, "", *self._models(), ""]
-        for (what, tokens, batch), group in groupby(self.times, lambda each: (each.what, each.tokens, each.batch)):
-            lines += [f"{what}, {tokens} tokens, batch {batch}", *self._race(list(group)), ""]
-        lines += LEGEND
+        kinds = groupby(self.times, lambda each: (each.what, each.tokens, each.batch, each.threads))
+        for (what, tokens, batch, threads), group in kinds:
+            lines += [f"{what}, {tokens} tokens, batch {batch}, threads {threads}", *self._race(list(group)), ""]
+        if self.profiles:
+            lines += ["one decode step", *profile_table(self.profiles), ""]
+        lines += [*LEGEND, *(PROFILE_LEGEND if self.profiles else ())]
         lines += [f"{each.name} has no times: {each.problem}" for each in self.contenders if each.problem]
         lines += [f"missing: {name}: {why}" for name, why in self.missing.items()]
         return "\n".join(lines)
 
     def _models(self) -> list[str]:
-        header = ["model", "computes in", "disk", "peak", "load s", "first s", "perplexity", "sites", "whole model"]
+        header = [
+            "model",
+            "computes in",
+            "disk",
+            "weights",
+            "peak",
+            "load s",
+            "first s",
+            "perplexity",
+            "sites",
+            "whole model",
+        ]
         return table(header, map(_cells, self.contenders))
 
     def _race(self, group: list[Timing]) -> list[str]:
@@ -163,7 +186,19 @@ def _cells(one: Contender) -> list[str]:
     value = (one.perplexity or {}).get("value")
     sites = ", ".join(f"{count} {label}" for label, count in one.layers.items())
     quality = "-" if one.perplexity is None else "inf" if value is None else f"{value:.2f}"
-    return [one.name, one.dtype, human_bytes(one.disk_bytes), peak, load, first, quality, sites or "-", one.outcome]
+    weights = human_bytes(one.memory_bytes) if one.memory_bytes else "-"
+    return [
+        one.name,
+        one.dtype,
+        human_bytes(one.disk_bytes),
+        weights,
+        peak,
+        load,
+        first,
+        quality,
+        sites or "-",
+        one.outcome,
+    ]
 
 
 def _lines(group: list[Timing], others: list[str]) -> Iterator[list[str]]:

@@ -77,7 +77,7 @@ def llm(
     ),
     tokens: Annotated[str, typer.Option(metavar="N,N", help="Tokens of the prompts.")] = "128,1024",
     batch: Annotated[str, typer.Option(metavar="N,N", help="Sequences that are decoded together.")] = "1,4,16",
-    threads: Annotated[int | None, typer.Option(help="Default: torch's.")] = None,
+    threads: Annotated[str, typer.Option(metavar="N,N", help="Thread counts of the races; default: torch's.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16: of activations and of what no recipe rounds.")] = "fp32",
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Measure perplexity on it.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window of --text.")] = None,
@@ -86,6 +86,12 @@ def llm(
         typer.Option(metavar="FILE", help="Text to prune with. Default: zeros by magnitude, rounding to nearest."),
     ] = None,
     peers: Annotated[str, typer.Option(help="auto (all with low-bit weights), none, or names with commas.")] = "auto",
+    modes: Annotated[str, typer.Option(metavar="NAME,NAME", help="Only these modes of the peers, such as q4_0.")] = "",
+    dense: Annotated[str, typer.Option(metavar="NAME,NAME", help="Dense models in torch that race.")] = "fp32,bf16",
+    profile: Annotated[bool, typer.Option("--profile", help="Take a decode step of each model apart.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With --profile: also under torch.compile with a static cache.")
+    ] = False,
     race: Annotated[float, typer.Option(metavar="SECONDS", help="Time each race for about this long.")] = 5.0,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the models here: new or empty. Default: a temporary one.")
@@ -108,13 +114,17 @@ def llm(
         recipes=tuple(name.strip() for name in recipes.split(",") if name.strip()),
         tokens=_counts("--tokens", tokens),
         batch=_counts("--batch", batch),
-        threads=torch.get_num_threads() if threads is None else threads,
+        threads=_counts("--threads", threads) or (torch.get_num_threads(),),
         dtype=dtype,
         text=text,
         context=context,
         calibration=calibration,
         race_s=race,
         peers=tuple(rivals() if peers == "auto" else choose(peers)),
+        modes=_names(modes),
+        dense=_names(dense),
+        profile=profile or compiled,
+        compiled=compiled,
     )
     with tempfile.TemporaryDirectory(prefix="zeroskip-llm-") as temporary, progress("language models") as advance:
         found = bench_llm(settings, work or Path(temporary), advance)
@@ -161,6 +171,10 @@ def report(
     if into is not None:
         into.write_text(insert(into.read_text(encoding="utf-8"), found, details), encoding="utf-8")
     say(as_markdown(found, details) if markdown else found)
+
+
+def _names(given: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
 
 
 def _counts(option: str, given: str) -> tuple[int, ...]:

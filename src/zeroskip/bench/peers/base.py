@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -86,6 +87,8 @@ class Peer(ABC):
         The only version of Python that has wheels of it.
     fixed_tokens : bool
         Whether it loads a weight for one token count only.
+    model_modes : tuple of str
+        The ways in which it runs a whole language model; none: it runs products only.
     """
 
     name: ClassVar[str]
@@ -94,6 +97,7 @@ class Peer(ABC):
     build: ClassVar[tuple[tuple[str, str], ...]] = ()
     python: ClassVar[str | None] = None
     fixed_tokens: ClassVar[bool] = False
+    model_modes: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         _registry[cls.name] = cls
@@ -111,6 +115,14 @@ class Peer(ABC):
         Exception
             Of any kind where the library cannot do this; its first line is shown.
         """
+
+    def make_models(self, folder: Path, into: Path) -> dict[str, int]:
+        """Write a Hugging Face directory's model as the peer's own files: {mode: bytes of its file}."""
+        raise ValueError("it runs no whole models")
+
+    def open_model(self, mode: str, into: Path, threads: int) -> Any:
+        """Load one of those; the answer has what `llama_model.LlamaModel` has."""
+        raise ValueError("it runs no whole models")
 
 
 def names() -> list[str]:

@@ -1,7 +1,7 @@
 """llama.cpp: ggml's product of matrices in its two common 4-bit types, plain and repacked, through the C interface.
 
-llama-cpp-python is the package that brings the libraries; its own interface runs whole models only. Here one graph
-multiplies the same activations with every copy of the weight, as a model does with its layers.
+llama-cpp-python is the package that brings the libraries; its own interface runs whole models only (`llama_model`).
+Here one graph multiplies the same activations with every copy of the weight, as a model does with its layers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from zeroskip.bench.peers import llama_model
 from zeroskip.bench.peers.base import Floats, Mode, Peer, Work
 
 __all__ = ["LlamaCpp"]
@@ -33,7 +34,8 @@ class LlamaCpp(Peer):
         for kind, (_, _, group) in TYPES.items()
         for order in ("", REPACKED)
     )
-    requires = ("llama-cpp-python", "numpy")
+    model_modes = llama_model.MODES
+    requires = ("llama-cpp-python", "gguf", "numpy")
     # GCC drops stores that ggml's tile code needs; its other kernels are not affected.
     build = (
         ("CFLAGS", "-mno-amx-tile"),
@@ -84,6 +86,14 @@ class LlamaCpp(Peer):
             return views
 
         return Work(run, copies, raw.nbytes, stands, holds=_Held(ggml, backend, (running, stored)))
+
+    def make_models(self, folder: Path, into: Path) -> dict[str, int]:
+        sizes = llama_model.make(folder, into)
+        return {mode: sizes[mode.removesuffix(llama_model.PLAIN)] for mode in self.model_modes}
+
+    def open_model(self, mode: str, into: Path, threads: int) -> llama_model.LlamaModel:
+        file = mode.removesuffix(llama_model.PLAIN)
+        return llama_model.LlamaModel(into / f"{file}.gguf", threads, repack=file == mode)
 
 
 class _InitParams(ctypes.Structure):

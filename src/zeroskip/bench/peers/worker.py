@@ -10,6 +10,17 @@ It reads one JSON object a line from stdin and answers each with one on stdout. 
 {"do": "time", "mode"}                                  -> {"seconds": of one multiplication with the x last checked}
 {"do": "forget"}                                        -> {}; the weights of all modes are dropped
 
+Whole language models, of a peer that has `model_modes`:
+{"do": "make", "folder": path, "into": path}            -> {"bytes": {mode: of its file}}
+{"do": "open", "mode", "into", "threads"}               -> {"seconds", "nbytes": of the weights}
+{"do": "ready", "mode", "ids": path, "decode": bool}    -> {}; the prompts [batch, tokens] that follow are about; with
+                                                           `decode` they are read
+{"do": "first", "mode"}, {"do": "step", "mode"}         -> {"seconds"}; of a first token, of one more for each prompt
+{"do": "logits", "mode", "y": path}                     -> {}; those of the last token that was run are at `y`
+{"do": "losses", "mode", "ids": path}                   -> {"nll", "tokens"}
+{"do": "shut", "mode"}                                  -> {}
+{"do": "memory"}                                        -> {"peak_bytes": the most that was resident, or null}
+
 An answer {"error": line} says that it could not. The end of stdin ends the process.
 """
 
@@ -50,6 +61,7 @@ class Session:
         self.peer = peer
         self.works: dict[str, Any] = {}
         self.x: dict[str, Any] = {}
+        self.models: dict[str, Any] = {}
 
     def hello(self, asked: dict[str, Any]) -> dict[str, Any]:
         return {"version": self.peer.version()}
@@ -86,6 +98,43 @@ class Session:
         self.works.clear()
         gc.collect()
         return {}
+
+    def make(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return {"bytes": self.peer.make_models(Path(asked["folder"]), Path(asked["into"]))}
+
+    def open(self, asked: dict[str, Any]) -> dict[str, Any]:
+        model = self.models[asked["mode"]] = self.peer.open_model(asked["mode"], Path(asked["into"]), asked["threads"])
+        return {"seconds": model.load_s, "nbytes": model.nbytes}
+
+    def ready(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self.models[asked["mode"]].ready(np.load(asked["ids"]), asked["decode"])
+        return {}
+
+    def first(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return {"seconds": self.models[asked["mode"]].first()}
+
+    def step(self, asked: dict[str, Any]) -> dict[str, Any]:
+        return {"seconds": self.models[asked["mode"]].step()}
+
+    def logits(self, asked: dict[str, Any]) -> dict[str, Any]:
+        np.save(asked["y"], self.models[asked["mode"]].logits(-1))
+        return {}
+
+    def losses(self, asked: dict[str, Any]) -> dict[str, Any]:
+        nll, tokens = self.models[asked["mode"]].losses(np.load(asked["ids"]))
+        return {"nll": nll, "tokens": tokens}
+
+    def shut(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self.models.pop(asked["mode"]).close()
+        return {}
+
+    def memory(self, asked: dict[str, Any]) -> dict[str, Any]:
+        lines = Path("/proc/self/status")
+        if lines.exists():
+            for line in lines.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return {"peak_bytes": int(line.split()[1]) * 1024}
+        return {"peak_bytes": None}
 
 
 def main() -> None:

@@ -1,0 +1,98 @@
+"""Keys and values of a language model in buffers with room, so that a decode step does not copy them.
+
+transformers' growing cache makes a new tensor of all keys, and one of all values, for every token of every layer: at
+1024 tokens of the 1.1 B shape 64 MB a step to read and as many to write. Here the new token is written behind the
+others, and attention gets a view. Everything else of the cache is transformers' own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["attach_cache", "give_room"]
+
+LEAST_BYTES = 1 << 17  # of all keys of a layer: below, copying them costs less than the Python around a room
+STEP = 64  # tokens that a buffer grows by at least; or an eighth of what it holds
+
+
+class Room:
+    """A buffer [batch, heads, capacity, head_dim], and how many tokens of it anybody has written."""
+
+    __slots__ = ("buffer", "taken")
+
+    def __init__(self, like: Tensor, tokens: int) -> None:
+        capacity = -(-(tokens + max(STEP, tokens // 8)) // STEP) * STEP
+        self.buffer, self.taken = like.new_empty(*like.shape[:2], capacity, like.shape[-1]), 0
+
+
+def appended(held: Tensor, new: Tensor, room: Room | None) -> tuple[Tensor, Room]:
+    """Return `held` [batch, heads, tokens, head_dim] with `new` behind it, and the room that they are in.
+
+    Nothing that anybody was given before changes: where the place behind `held` is taken, or `held` is not the
+    beginning of the room (beams were put in another order, tokens were cut off), all are copied into a new one.
+    """
+    tokens = held.shape[-2] if held.dim() == new.dim() else 0
+    end = tokens + new.shape[-2]
+    if (
+        room is None
+        or room.taken != tokens
+        or end > room.buffer.shape[-2]
+        or (tokens and held.data_ptr() != room.buffer.data_ptr())
+        or room.buffer.shape[:2] != new.shape[:2]
+        or room.buffer.dtype is not new.dtype
+        or (room.buffer.is_inference() and not torch.is_inference_mode_enabled())
+    ):
+        room = Room(new, end)
+        if tokens:
+            room.buffer[:, :, :tokens] = held
+    room.buffer[:, :, tokens:end] = new
+    room.taken = end
+    return room.buffer[:, :, :end], room
+
+
+@cache
+def _roomy() -> tuple[type, type]:
+    """Return transformers' layer of a growing cache, and ours."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):  # type: ignore[misc, no-untyped-call]
+        _rooms: tuple[Room | None, Room | None] = (None, None)
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """As transformers' own: the keys and values of all tokens, those given here the last."""
+            plain = key_states.dim() == 4 and not (torch.is_grad_enabled() and key_states.requires_grad)
+            held_keys, held_values = self.keys, self.values  # None before the first
+            small = held_keys is None or held_keys.nbytes + key_states.nbytes < LEAST_BYTES
+            if held_keys is None or held_values is None or small or not plain or torch.compiler.is_compiling():
+                both: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+                return both
+            keys, values = self._rooms
+            self.keys, keys = appended(held_keys, key_states, keys)
+            self.values, values = appended(held_values, value_states, values)
+            self._rooms = (keys, values)
+            return self.keys, self.values
+
+    RoomyLayer.__qualname__ = "RoomyLayer"
+    globals()["RoomyLayer"] = RoomyLayer  # found by name when a cache is pickled
+    return DynamicLayer, RoomyLayer
+
+
+def give_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward: turn the layers of a growing cache into ours. Others (static, sliding, paged) stay."""
+    held = kwargs.get("past_key_values")
+    if held is None or torch.compiler.is_compiling():
+        return
+    plain, roomy = _roomy()
+    for layer in getattr(held, "layers", ()):
+        if type(layer) is plain:
+            layer.__class__ = roomy
+
+
+def attach_cache(model: nn.Module) -> None:
+    """Have every forward of a transformers model keep its keys and values in rooms; once."""
+    if give_room not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(give_room, with_kwargs=True)
