@@ -101,7 +101,7 @@ def test_the_command_line_streams(encoder, text, tmp_path):
     assert run.exit_code == 0, run.output
     assert len(weight_files(out)) == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.json"]
     model = zeroskip.load(encoder)
-    zeroskip.prune(model, "wanda+ls", pattern="2:4", text=text, tokenizer=_tokenizer(encoder))
+    zeroskip.prune(model, pattern="2:4", text=text, tokenizer=_tokenizer(encoder))
     assert alike(zeroskip.load(out), model)
     assert json.loads((tmp_path / "r.json").read_text())["sparsity"] == 0.5
 
