@@ -45,3 +45,16 @@ def test_one_and_two_threads_give_the_same_bits(case: Case) -> None:
             one = ops.run(packed, x, kernel=kernel)
             torch.set_num_threads(2)
             assert torch.equal(ops.run(packed, x, kernel=kernel), one), (tokens, dtype)
+
+
+@pytest.mark.kernels
+@each_kernel
+def test_a_row_that_is_multiplied_in_stretches_has_the_bits_of_a_whole_one(case: Case) -> None:
+    name, values, kernel = case
+    if name not in HOLD or not kernel.endswith(PLAIN_ROWS):
+        pytest.skip("written to hold are the others")
+    packed = zs.pack(example(name, 66, 4032, values), name, values)
+    x = random(90, 4032, seed=3)
+    together = ops.run(packed, x, kernel=kernel)
+    for first, last in ((0, 1), (29, 30), (84, 90), (60, 80)):
+        assert torch.equal(ops.run(packed, x[first:last].contiguous(), kernel=kernel), together[first:last])

@@ -58,7 +58,7 @@ def test_token_counts(case: Case) -> None:
 def test_many_columns_and_tokens(case: Case) -> None:
     """Several steps of columns, several passes of tokens."""
     name, values, kernel = case
-    for m, k, tokens in [(20, 1504, 400), (7, 20000, 3), (3, 20000, 70), (2, 70016, 6)]:
+    for m, k, tokens in [(20, 1504, 400), (66, 4032, 90), (7, 20000, 3), (3, 20000, 70), (2, 70016, 6)]:
         weight = example(name, m, k, values)
         x = random(tokens, k, seed=2)
         verify(call(zs.pack(weight, name, values), x, kernel=kernel, threads=2), weight, x, kernel=kernel)

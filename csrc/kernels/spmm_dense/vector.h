@@ -5,6 +5,7 @@
 // values   fp32          [m/16][k][16]              64
 //          bf16          [m/16][k/2][16][2]         64, k padded to 32
 // panel    fp32          [tokens/kBlock][k][kBlock] 64
+// scratch  fp32          [64/16][tokens][16]        64, sums that wait
 // y        as x          [tokens, m]                any
 //
 // Lengths are checked in check.cpp, pointers and shapes in bind.cpp. The loop is panel/fp32.h; a unit is 64 rows.
@@ -16,8 +17,9 @@ namespace {
 namespace vector {
 
 zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
-  const int64_t k = weight.header.k, pass = panel::pass_tokens(k);
-  return {pass, panel::kBlock, dense::units(weight.header), (tokens < pass ? tokens : pass) * k * 4, 0};
+  const int64_t pass = panel::pass_tokens(weight.header.k, weight.nbytes[dense::kValuesSection]);
+  return {pass, panel::kBlock, dense::units(weight.header), (tokens < pass ? tokens : pass) * weight.header.k * 4,
+          panel::sums_bytes(dense::kUnitRows, tokens)};
 }
 
 void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
@@ -25,12 +27,12 @@ void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
 }
 
 template <zs::Values kValues>
-void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t*) {
+void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratch) {
   const zs::Header& header = call.weight->header;
   const int64_t row = unit * dense::kUnitRows, bytes = dense::panel_bytes(header.k, kValues);
   const int64_t rows = header.m - row < dense::kUnitRows ? header.m - row : dense::kUnitRows;
   const uint8_t* values = call.weight->section[dense::kValuesSection] + row / zs::kPanel * bytes;
-  panel::multiply_strip<kValues, false>(call, pass, {values, bytes, nullptr, header.k, row, rows});
+  panel::multiply_strip<kValues, false>(call, pass, {values, bytes, nullptr, header.k, row, rows}, scratch);
 }
 
 }  // namespace vector

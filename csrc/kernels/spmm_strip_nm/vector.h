@@ -6,7 +6,7 @@
 // values   fp32          [m/16][k'][16]                 64
 //          bf16          [m/16][k'/2][16][2]            64, k' padded to 32
 // panel    fp32          [tokens/kBlock][k][kBlock]     64
-// scratch  u32           [k'] the strip's columns as absolute indices
+// scratch  u32           [k'] the strip's columns as absolute indices; then sums that wait, fp32 [V/16][tokens][16]
 // y        as x          [tokens, m]                    any
 //
 // Column ranges are checked in check.cpp, pointers and shapes in bind.cpp. The loop is panel/fp32.h: with x packed
@@ -19,10 +19,12 @@
 namespace {
 namespace vector {
 
+inline int64_t columns_bytes(const zs::Header& header) { return (strip_nm::kept(header) + 15) / 16 * 64; }
+
 zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
-  const int64_t k = weight.header.k, pass = panel::pass_tokens(k);
-  return {pass, panel::kBlock, strip_nm::strips(weight.header), (tokens < pass ? tokens : pass) * k * 4,
-          strip_nm::kept(weight.header) * 4};
+  const int64_t pass = panel::pass_tokens(weight.header.k, weight.nbytes[strip_nm::kValuesSection]);
+  return {pass, panel::kBlock, strip_nm::strips(weight.header), (tokens < pass ? tokens : pass) * weight.header.k * 4,
+          columns_bytes(weight.header) + panel::sums_bytes(weight.header.strip, tokens)};
 }
 
 void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
@@ -41,7 +43,8 @@ void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t* scratch) {
   panel::multiply_strip<kValues, true>(
       call, pass,
       {strip_nm::values_of(*call.weight, unit, kValues), dense::panel_bytes(kept, kValues), columns, kept,
-       unit * header.strip, strip_nm::rows_of(header, unit)});
+       unit * header.strip, strip_nm::rows_of(header, unit)},
+      scratch + columns_bytes(header));
 }
 
 }  // namespace vector
