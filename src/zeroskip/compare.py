@@ -20,6 +20,7 @@ from zeroskip.planning.install import compiled_layers
 from zeroskip.planning.machine import Machine, this_machine
 from zeroskip.planning.plan import SitePlan, plain
 from zeroskip.planning.planner import Planner, plannable
+from zeroskip.planning.tables import build_table, table_plan, tables
 from zeroskip.planning.tokens import Tokens
 from zeroskip.prune import prune, recipes
 from zeroskip.prune.recipe import DEFAULTS, Recipe
@@ -192,13 +193,16 @@ def _compared(
         working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
         planner = Planner(answer.tokens, None, working_set, budget_s)
         plans = [planner.plan(site, answer.notes) for site in sites]
+        rounded = [
+            (site, build_table(table_plan(site, values), site).weight.nbytes) for site, values in tables(network, None)
+        ]
     except ZeroskipError as error:
         log.warning("%s: %s", name, error)
         found.problem = str(error)
         return found
-    known = {id(site.tensor) for site in sites}
+    known = {id(site.tensor) for site in (*sites, *(site for site, _ in rounded))}
     others = {id(p): p.numel() * p.element_size() for p in network.parameters() if id(p) not in known}
-    found.nbytes = sum(others.values()) + sum(plan.bytes_after for plan in plans)
+    found.nbytes = sum(others.values()) + sum(plan.bytes_after for plan in plans) + sum(size for _, size in rounded)
     found.layouts = dict(Counter(plan.label for plan in plans))
     for count in answer.tokens.counts if plans else ():
         found.ms[count] = sum(plan.time_ms(plan.label, count) for plan in plans)

@@ -37,6 +37,7 @@ from zeroskip.planning.planner import Planner, check_weights, left_to_torch, pla
 from zeroskip.planning.recurrent import settle
 from zeroskip.planning.shaped import Example, examples_of
 from zeroskip.planning.siblings import join
+from zeroskip.planning.tables import table_plan, tables
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.verdict import Verdict
 from zeroskip.planning.zeros import find_zeros
@@ -168,6 +169,13 @@ def _run(
             done += len(group)
             if progress is not None:
                 progress(done, len(sites), first.name)
+        for site, values in tables(model, plan.precision):
+            choice = table_plan(site, values)
+            table = build(choice, site, most)
+            _note_bytes([choice], [site], table)
+            plan.sites.append(choice)
+            verdict.installed(site.owner, site.module, table)
+            put_in(model, site.module, table)
         for name, layer in rows.items():
             one = RowLinear.of(layer)
             verdict.installed(name, layer, one)

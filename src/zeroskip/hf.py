@@ -24,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf_cache import attach_cache
 from zeroskip.io import meta, sites
@@ -209,7 +210,7 @@ def attach(model: Any) -> None:
     model._weight_conversions = []  # save_pretrained would split and merge our blobs as if they were matrices
     head = model.get_output_embeddings()
     for name, layer in layers.items():
-        if layer is head:
+        if layer is head or isinstance(layer, PackedEmbedding):
             model.resize_token_embeddings = partial(_refuse_resize, name)
 
 

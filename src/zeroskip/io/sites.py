@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zeroskip import _core
 from zeroskip.conv_layers import PackedConv, geometry_of, geometry_problem
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear
+from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
 from zeroskip.io.container import Later
@@ -64,6 +65,8 @@ def describe_sites(model: nn.Module) -> dict[str, dict[str, Any]]:
             site |= {"activation": module.activation}
             if isinstance(module, PackedConv):
                 site["conv"] = geometry_of(module)
+            if isinstance(module, PackedEmbedding):
+                site["table"] = True
         else:
             dtype = DTYPES[module.values] if isinstance(module, OneDnnLinear) else layer.weight.dtype
             site |= {"kind": "dense", "dtype": dtype_name(dtype), "transposed": False}
@@ -91,6 +94,8 @@ def site_problem(site: Any) -> str | None:
         return f"nbytes {nbytes!r} is not a positive multiple of {ALIGNMENT}"
     if activation is not None and activation not in ACTIVATIONS:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if site.get("table", True) is not True or ("table" in site and bias is not None):
+        return "table, where it is there, is true, and tables have no bias"
     return geometry_problem(site["conv"]) if "conv" in site else None
 
 
@@ -148,6 +153,9 @@ def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Pa
         raise ZeroskipError(f"{where}: site {name}: stored as {site['shape']} where the model has {shape}")
     if site.get("transposed") and not Conv1DAdapter.matches(module):
         raise ZeroskipError(f"{where}: site {name}: stored transposed, which a {type(module).__name__} is not")
+    if site.get("table", False) != isinstance(module, nn.Embedding | PackedEmbedding):
+        kind = "table" if "table" in site else "layer that multiplies"
+        raise ZeroskipError(f"{where}: site {name}: stored as a {kind} where the model has a {type(module).__name__}")
     has = geometry_of(cast(Conv, module)) if isinstance(module, (*KINDS, PackedConv)) else None
     if site.get("conv") != has:
         raise ZeroskipError(f"{where}: site {name}: stored as convolution {site.get('conv')} where the model has {has}")
@@ -160,7 +168,9 @@ def _empty(site: Mapping[str, Any]) -> nn.Module:
     (rows, columns), bias = site["shape"], site["bias"]
     layer: nn.Module
     with torch.device("meta"):
-        if "conv" in site:
+        if "table" in site:
+            layer = PackedEmbedding(columns, rows, site["nbytes"])
+        elif "conv" in site:
             layer = PackedConv(columns, rows, site["nbytes"], site["conv"], bias is not None)
         elif site["kind"] == "packed":
             layer = PackedLinear(columns, rows, site["nbytes"], bias is not None, site.get("activation"))
@@ -185,6 +195,7 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
     ZeroskipError
         Naming file, tensor and problem.
     """
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
     for site, module in blobs_of(model).items():
         name = f"{site}.weight"
         blob = module.weight.detach()
@@ -194,6 +205,8 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
         try:
             _check_hash(blob)
             packed = Packed.from_blob(blob)
+            if isinstance(module, PackedEmbedding):
+                module.settle(dtype)
         except ValueError as error:
             raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
         shape = (module.out_features, module.in_features)

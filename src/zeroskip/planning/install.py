@@ -13,7 +13,8 @@ from zeroskip import ops
 from zeroskip.bench.dense import rivals
 from zeroskip.conv_layers import PackedConv, in_channels_last
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, RowLinear, onednn_problem
-from zeroskip.errors import ZeroskipError
+from zeroskip.embedding_layers import PackedEmbedding
+from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, unpack
 from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
@@ -23,6 +24,7 @@ from zeroskip.planning.plan import Plan, SitePlan
 from zeroskip.planning.reread import reread, weight_files
 from zeroskip.planning.rows import pin
 from zeroskip.planning.siblings import join
+from zeroskip.planning.tables import build_table, is_table, tables
 from zeroskip.recurrent_layers import SplitRecurrent, products
 from zeroskip.sites import ConvAdapter
 from zeroskip.sites.conv import Conv
@@ -67,6 +69,8 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
     if choice.format == "linear" and choice.values == choice.dtype:
         rnn = site.module
         return products(rnn)[site.parameter] if isinstance(rnn, nn.RNNBase) else rnn
+    if is_table(site):
+        return build_table(choice, site)
     with torch.inference_mode(False), torch.no_grad():
         if choice.format == "channels_last":
             return in_channels_last(site.module)
@@ -176,7 +180,7 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
         with torch.inference_mode(False), torch.no_grad():
             weight = stored_weight(layer)
             dtype = (dtypes or {}).get(name, common or weight.dtype)
-            if isinstance(layer, PackedConv):
+            if isinstance(layer, PackedConv | PackedEmbedding):
                 put_in(model, layer, layer.dense(weight.to(dtype)).train(layer.training))
                 names.append(name)
                 continue
@@ -237,7 +241,7 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
         if isinstance(layer, PackedLinear):
             if choice.pinned:
                 _pin_again(layer, choice)
-            elif not changes and choice.is_packed:
+            elif not changes and choice.is_packed and choice.kernels:  # an embedding has none
                 ops.tune(layer.packed, choice.kernels)
         elif choice.format == "channels_last" and not changes:
             put_in(model, layer, in_channels_last(layer))
@@ -279,9 +283,8 @@ def fits(plan: Plan, model: nn.Module) -> dict[str, Site]:
     ZeroskipError
         If the plan names a site that the model has not, or one of another shape or dtype.
     """
-    from zeroskip.errors import suggest
-
-    sites = {site.name: site for site in find_sites(model, exclude=())}
+    every = [*find_sites(model, exclude=()), *(site for site, _ in tables(model))]
+    sites = {site.name: site for site in every}
     for choice in plan.sites:
         site = sites.get(choice.name)
         if site is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zeroskip import ops
 from zeroskip.conv_layers import PackedConv
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear, RowLinear, by_rows
+from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.install import put_all
@@ -71,6 +72,8 @@ def make_invariant(model: nn.Module, up_to: int = UP_TO) -> dict[str, int]:
     pairs: list[tuple[nn.Module, nn.Module]] = []
     with torch.inference_mode():
         for name, layer in list(model.named_modules()):
+            if isinstance(layer, PackedEmbedding):  # each row is unpacked by itself
+                continue
             if not (isinstance(layer, PackedLinear | OneDnnLinear | nn.Linear) or Conv1DAdapter.matches(layer)):
                 continue
             how = _packed(name, layer, own, up_to) if isinstance(layer, PackedLinear) else _torch(layer, own, up_to)

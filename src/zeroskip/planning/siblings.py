@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.bench.timer import race
+from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.nn import PackedLinear, Siblings
 from zeroskip.planning.plan import Fused
 
@@ -62,7 +63,11 @@ def find_siblings(model: nn.Module, call: Call) -> list[list[str]]:
         if before.shape != x.shape or not torch.equal(before, x):
             changed.add(id(x))
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and not isinstance(module, PackedEmbedding)
+    }
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]
     try:
         call()
@@ -92,7 +97,11 @@ def fuse(model: nn.Module, call: Call, counts: Sequence[int]) -> list[Fused]:
     with torch.inference_mode(False), torch.no_grad():
         groups = find_siblings(model, call)
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and not isinstance(module, PackedEmbedding)
+    }
     for names in groups:
         key = tuple(_kind(layers[name]) for name in names)
         kinds.setdefault(key, []).append(names)
