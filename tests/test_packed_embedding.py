@@ -63,7 +63,11 @@ def model_of(dtype=torch.bfloat16, tied=False):
         max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=None,
         initializer_range=0.2,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # and no buffer: loading makes those anew
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def rounded(embeddings="int8", **kind):
@@ -140,7 +144,7 @@ def test_a_directory_that_lies_about_its_tables(monkeypatch, tmp_path):
     sites = config["quantization_config"]["sites"]
     for name, table, said in (
         ("model.embed_tokens", None, "stored as a layer that multiplies where the model has a Embedding"),
-        ("lm_head", True, "stored as a table where the model has a Linear"),
+        ("model.layers.0.mlp.up_proj", True, "stored as a table where the model has a Linear"),
         ("model.embed_tokens", 1.5, "table, where it is there, is true"),
     ):
         bad = copy.deepcopy(config)
