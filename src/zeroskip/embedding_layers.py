@@ -77,7 +77,7 @@ class PackedEmbedding(PackedLinear):
         if self.values == "int4":
             quads = torch.stack([quads & 15, quads >> 4], 2)
         steps = scales.view(SCALES[self.scale_type]).view(panels, -1, PANEL)[panel, :, lane].float()
-        found = (quads.flatten(1).float() + LEAST[self.values]).unflatten(1, (-1, self.group_size))
+        found = (quads.flatten(1).float() + LEAST[self.values]).view(len(rows), steps.shape[1], self.group_size)
         table = (found * steps.unsqueeze(2)).flatten(1)[:, : self.in_features]
         return table.to(self.like.dtype).reshape(*ids.shape, self.in_features)
 
