@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zeroskip.cli.compile import Precision, Tokens, token_counts
+from zeroskip.cli.inputs import InputsFile, read_inputs
 from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -24,6 +25,7 @@ def analyze(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id.")],
     tokens: Tokens = "1,32,512",
     precision: Precision = None,
+    inputs: InputsFile = None,
     recipes: Annotated[
         str | None,
         typer.Option(metavar="all|NAME,NAME", help="Compare recipes on a dense MODEL instead, and recommend one."),
@@ -47,6 +49,8 @@ def analyze(
         raise ZeroskipError("--text and --eval-text measure recipes: give --recipes all, or some by name")
     if eval_text is not None and text is None:
         raise ZeroskipError("--eval-text needs --text FILE, to calibrate on")
+    if recipes is not None and inputs is not None:
+        raise ZeroskipError("--inputs is of a model as it is, and recipes are compared on tokens: leave one out")
     if recipes is not None and precision is not None:
         raise ZeroskipError("--precision is of the layers as they are, and recipes have their own: leave one out")
     from zeroskip.cli import models
@@ -64,11 +68,12 @@ def analyze(
     if recipes is not None:
         _compare(network, names, counts, text, tokenizer, eval_text, json_path)
         return
+    examples = read_inputs(inputs, network)
 
     from zeroskip.analyze import analyze as analyze_model
 
     with progress("measuring") as advance:
-        answer = analyze_model(network, tokens=counts, precision=precision, progress=advance)
+        answer = analyze_model(network, tokens=counts, precision=precision, example_inputs=examples, progress=advance)
     write_json(json_path, answer.to_dict())
     say(answer)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from zeroskip.cli.inputs import InputsFile, read_inputs
 from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -32,6 +33,7 @@ def compile(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Give a row the same bits whatever else is in the batch; slower.")
     ] = False,
+    inputs: InputsFile = None,
     json_path: Json = None,
 ) -> None:
     """Compile MODEL for this machine and store it, with its plan, in OUT.
@@ -48,6 +50,7 @@ def compile(
     check_precision(precision)
     with step(f"loading {model}"):
         network = models.load(model)
+    examples = read_inputs(inputs, network)
 
     from zeroskip.compile import compile as compile_model
     from zeroskip.io import save
@@ -55,7 +58,12 @@ def compile(
 
     with progress("measuring") as advance:
         network = compile_model(
-            network, tokens=counts, precision=precision, batch_invariant=batch_invariant, progress=advance
+            network,
+            tokens=counts,
+            precision=precision,
+            example_inputs=examples,
+            batch_invariant=batch_invariant,
+            progress=advance,
         )
     with step(f"writing {out}"):
         save(network, out, tokenizer=models.Companions(model))
