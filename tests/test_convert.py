@@ -13,6 +13,7 @@ from tiny_models import batches, llama
 
 import zeroskip
 from zeroskip.convert import convert, writable
+from zeroskip.convert.integers import unpack_words, words_for
 from zeroskip.io.scales import FILE
 from zeroskip.model import find_sites
 from zeroskip.planning.candidates import pack_as
@@ -134,10 +135,15 @@ def test_bitmask_over_scaled_codes(tmp_path):
     assert not (tmp_path / "b-dense" / FILE).exists()
 
 
-def words(codes, bits):
+def words(codes, bits, stream=True):
     """[rows, columns] of non-negative numbers in 32-bit words, the first lowest, one number at a time."""
     rows = []
     for row in codes.tolist():
+        if not stream:  # each code whole in its word
+            some = 32 // bits
+            row = [sum(c << (bits * i) for i, c in enumerate(row[j : j + some])) for j in range(0, len(row), some)]
+            rows.append([value - (1 << 32) if value >> 31 else value for value in row])
+            continue
         whole = sum(value << (bits * place) for place, value in enumerate(row))
         count = -(-len(row) * bits // 32)
         values = [(whole >> (32 * word)) & 0xFFFFFFFF for word in range(count)]
@@ -148,12 +154,15 @@ def words(codes, bits):
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 999),
-    st.sampled_from([4, 8]),
-    st.sampled_from([(3, 70, 32), (2, 256, 128), (5, 33, None)]),
+    st.one_of(
+        st.tuples(st.sampled_from([4, 8]), st.sampled_from([(3, 70, 32), (2, 256, 128), (5, 33, None)])),
+        st.tuples(st.sampled_from([3, 5, 6, 7]), st.sampled_from([(3, 160, 32), (2, 256, 128), (5, 201, None)])),
+    ),
+    st.booleans(),
     st.booleans(),
 )
-def test_packed_integers_are_read_and_packed_again(tmp_path_factory, seed, bits, sizes, symmetric):
-    rows, columns, group = sizes
+def test_packed_integers_are_read_and_packed_again(tmp_path_factory, seed, kind, symmetric, stream):
+    bits, (rows, columns, group) = kind
     draw = torch.Generator().manual_seed(seed)
     half = 1 << (bits - 1)
     groups = 1 if group is None else -(-columns // group)
@@ -162,12 +171,12 @@ def test_packed_integers_are_read_and_packed_again(tmp_path_factory, seed, bits,
     zero = torch.randint(-3 if symmetric else -half, 4 if symmetric else half, (rows, groups), generator=draw)
     place = torch.arange(columns) // (group or columns)
     tensors = {
-        "P.weight_packed": words(codes + half, bits),
+        "P.weight_packed": words(codes + half, bits, stream),
         "P.weight_scale": scale,
         "P.weight_shape": torch.tensor([rows, columns]),
     }
     if not symmetric:
-        tensors["P.weight_zero_point"] = words((zero + half).t(), bits).t()
+        tensors["P.weight_zero_point"] = words((zero + half).t(), bits, stream).t()
         codes = codes - zero[:, place]
     weights = {"num_bits": bits, "group_size": group, "symmetric": symmetric}
     section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
@@ -179,8 +188,21 @@ def test_packed_integers_are_read_and_packed_again(tmp_path_factory, seed, bits,
     if codes.min() >= -128 and codes.max() <= 127:
         packed = zeroskip.pack(got.float(), "dense", values="int8", group_size=size, scales=kept)
         assert torch.equal(packed.codes.long(), codes)
-    if bits == 4 and symmetric:
+    if bits in (3, 4) and symmetric:
         assert torch.equal(zeroskip.pack(got.float(), "bitmask", "int4", size, kept).codes.long(), codes)
+
+
+def test_golden_words_of_three_bits():
+    """Twelve codes, each an octal digit: ten whole ones to a word, or one stream of 36 bits."""
+    codes = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    whole, stream = [0o1076543210, 0o32], [0o321076543210 & 0xFFFFFFFF, 0o321076543210 >> 32]
+    assert whole == [150652552, 26] and stream == [2298136200, 6]
+    for words_, kind in ((whole, False), (stream, True)):
+        packed = torch.tensor([words_]).to(torch.uint32).view(torch.int32)
+        assert unpack_words(packed, 3, kind)[0, :12].tolist() == codes
+        assert words_for(12, 3, kind) == 2
+    assert [words_for(160, bits, False) for bits in (3, 5, 6, 7)] == [16, 27, 32, 40]
+    assert [words_for(160, bits, True) for bits in (3, 5, 6, 7)] == [15, 25, 30, 35]
 
 
 def test_groups_in_another_order(tmp_path):
@@ -331,6 +353,21 @@ def test_a_compiled_model_becomes_ordinary_again(rounded, tmp_path):
     assert all(torch.equal(value, rounded[1].state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_our_packed_directory_holds_the_codes_and_the_rest_is_dense(rounded, tmp_path):
+    done = convert(rounded[0], tmp_path / "out", "zeroskip")
+    model = zeroskip.load(tmp_path / "out")
+    for site in find_sites(rounded[1]):
+        packed = model.get_submodule(site.name).packed
+        assert packed.values == "int4" and packed.group_size == 32
+        assert torch.equal(zeroskip.unpack(packed).to(torch.bfloat16), site.weight()[0])
+    assert done.written == len(find_sites(rounded[1])) and done.to == "zeroskip"
+    ids = torch.arange(12).view(1, -1)
+    with torch.inference_mode():
+        want, got = rounded[1](ids).logits.float(), model(ids).logits.float()
+    assert float((got - want).abs().max()) <= 0.05 * float(want.abs().max())
+    assert any("tied" in note for note in done.notes)
+
+
 def test_shards(rounded, tmp_path):
     convert(rounded[0], tmp_path / "out", "sparse-24-bitmask", max_shard_bytes=4000)
     convert(tmp_path / "out", tmp_path / "back")
@@ -353,4 +390,8 @@ def test_refusals(rounded, tmp_path):
     assert "is quantised by 'gptq'" in refused("convert", empty, tmp_path / "out")
     random = directory(tmp_path / "random", {"p.weight": torch.ones(4, 8)})
     assert "no weight is 2:4" in refused("convert", random, tmp_path / "out", "--to", "sparse-24-bitmask")
+    assert "leave them out with 'zeroskip'" in refused(
+        "convert", folder, tmp_path / "out", "--to", "zeroskip", "--old-names"
+    )
+    assert "names no architecture" in refused("convert", random, tmp_path / "out", "--to", "zeroskip")
     assert not (tmp_path / "out").exists()

@@ -57,6 +57,11 @@ CASES = [
     (MARLIN, {"P.meta": MARLIN["P.meta"] * 0}, "P.meta: names one of four weights twice"),
     (MARLIN, {"P.scale_packed": torch.ones(1, 32).half()}, "P.weight_packed: no weight is stored as"),
     (MARLIN, {"P.meta": None}, "there is no P.meta beside it"),
+    (
+        PACKED,
+        {"P.weight_packed": torch.ones(4, 10, dtype=torch.int32), "P.weight_shape": torch.tensor([4, 100])},
+        "100 inputs of 3 bits fill as many words in either layout",
+    ),
     (NAIVE, {"P.weight": torch.ones(4, 8)}, "has scales beside it, but is not int8 or fp8"),
     (NAIVE, {"P.weight_scale": torch.ones(4, 1, 1)}, "cannot belong"),
     (NAIVE, {"P.qweight": torch.ones(1)}, "P.qweight: is left over"),

@@ -16,7 +16,7 @@ __all__ = ["convert"]
 def convert(
     model: Annotated[Path, typer.Argument(metavar="IN", help="A directory, or a weight file beside its config.json.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write: new or empty.")],
-    to: Annotated[str, typer.Option(help="dense, sparse-bitmask or sparse-24-bitmask.")] = "dense",
+    to: Annotated[str, typer.Option(help="dense, sparse-bitmask, sparse-24-bitmask or zeroskip.")] = "dense",
     mask: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Masks: .npz of MaskLLM, .safetensors, .pt. Repeat.")
     ] = None,
@@ -28,7 +28,7 @@ def convert(
     ] = False,
     json_path: Json = None,
 ) -> None:
-    """Turn IN into ordinary weights with zeros, or into a bitmask format of compressed-tensors.
+    """Turn IN into ordinary weights with zeros, into a bitmask format of compressed-tensors, or into our packed one.
 
     Read are sparse-bitmask, sparse-24-bitmask, marlin-24, pack-quantized, int- and float-quantized, what zeroskip
     compiled, and weights with masks of MaskLLM, torch.nn.utils.prune, torch.ao, ASP and Model-Optimizer.

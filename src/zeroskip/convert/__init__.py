@@ -11,6 +11,7 @@ from zeroskip.convert.asp import Asp  # isort: skip
 from zeroskip.convert.modelopt import ModelOpt  # isort: skip
 from zeroskip.convert.maskllm import MaskLLM  # isort: skip
 from zeroskip.convert.dense import Dense  # isort: skip
+from zeroskip.convert.zeroskip import Zeroskip  # isort: skip
 from zeroskip.convert.base import Format, readable, writable
 from zeroskip.convert.run import Conversion, convert
 
@@ -28,6 +29,7 @@ __all__ = [
     "SparseBitmask",
     "TorchAo",
     "TorchPrune",
+    "Zeroskip",
     "convert",
     "readable",
     "writable",

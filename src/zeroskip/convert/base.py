@@ -96,12 +96,15 @@ class Format:
     Attributes
     ----------
     reads, writes : bool
+    packs : bool
+        Whether it is written from a model and not tensor by tensor.
     """
 
     known: ClassVar[dict[str, Format]] = {}
     name: ClassVar[str]
     reads: ClassVar[bool] = True
     writes: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:

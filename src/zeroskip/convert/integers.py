@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeroskip.convert.base import Stored
 
-__all__ = ["check_grid", "dequantize", "group_size_of", "keep_scales", "schemes", "spread", "unpack_words"]
+__all__ = ["check_grid", "dequantize", "group_size_of", "keep_scales", "schemes", "spread", "unpack_words", "words_for"]
 
 SIZES = (128, 64, 32)  # what our formats can share a scale among, the largest first
 
@@ -27,10 +27,24 @@ def schemes(stored: Stored, key: str) -> list[Any]:
     return found
 
 
-def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Return the unsigned fields of int32 words [rows, n] as int32 [rows, n * 32 / bits], low bits first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(len(words), -1)
+def words_for(count: int, bits: int, stream: bool = False) -> int:
+    """Return how many int32 words hold `count` fields: each whole in its word, or (`stream`) bit after bit."""
+    return -(-count * bits // 32) if stream else -(-count // (32 // bits))
+
+
+def unpack_words(words: Tensor, bits: int, stream: bool = False) -> Tensor:
+    """Return the unsigned fields of int32 words [rows, n] as int32 [rows, at least as many as there are].
+
+    Low bits first; each field whole in its word with what is left of it empty, or (`stream`) bit after bit, so that
+    fields may begin in one word and end in the next. For 1, 2, 4 and 8 bits that is the same.
+    """
+    if not stream:
+        shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+        return ((words.unsqueeze(2) >> shifts) & ((1 << bits) - 1)).view(len(words), -1)
+    first = torch.arange(words.shape[1] * 32 // bits) * bits
+    wide = torch.nn.functional.pad(words, (0, 1)).long()
+    pair = (wide[:, :-1] & 0xFFFFFFFF) | (wide[:, 1:] << 32)
+    return ((pair[:, first // 32] >> first % 32) & ((1 << bits) - 1)).int()
 
 
 def group_size_of(stored: Stored, groups: int, columns: int) -> int | None:

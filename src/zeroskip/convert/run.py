@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ from zeroskip.convert.base import Format, Stored, writable
 from zeroskip.convert.compiled import METHOD, open_compiled
 from zeroskip.convert.files import CONFIG, add_masks, open_model
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.io import meta
+from zeroskip.io import load, meta, save
 from zeroskip.io.companions import copy_companions
+from zeroskip.io.load import read_json
 from zeroskip.io.save import check_new, staged, write_json, write_weights
 from zeroskip.io.scales import write_scales
 
@@ -98,7 +100,8 @@ def convert(
     directory : path
         New or empty.
     to : str
-        "dense" (plain transformers loads it), "sparse-bitmask" or "sparse-24-bitmask".
+        "dense" (plain transformers loads it), "sparse-bitmask" or "sparse-24-bitmask"; or "zeroskip", our packed
+        directory, for which the whole model is in memory and config.json has to name its architecture.
     masks : path, or several
         Files of masks for the weights of `source`: MaskLLM's .npz, or .safetensors and .pt with masks under a name
         that one of the formats knows.
@@ -121,9 +124,11 @@ def convert(
     """
     if to not in writable():
         raise ZeroskipError(f"unknown format {to!r}" + suggest(to, writable()))
-    if to == "dense" and (sparsity_config or old_names):
-        raise ZeroskipError("sparsity_config and old_names belong to the bitmask formats: leave them out with 'dense'")
+    if (to == "dense" or Format.known[to].packs) and (sparsity_config or old_names):
+        raise ZeroskipError(f"sparsity_config and old_names belong to the bitmask formats: leave them out with {to!r}")
     target = check_new(directory)
+    if Format.known[to].packs:
+        return _packed(source, target, to, masks, max_shard_bytes)
     stored = open_model(Path(source))
     before = sum(file.stat().st_size for file in set(stored.files.values()))
     for path in [masks] if isinstance(masks, str | os.PathLike) else masks:
@@ -143,6 +148,40 @@ def convert(
         write_weights(stage, stored.tensors, [], max_shard_bytes)
         after = sum(file.stat().st_size for file in stage.glob("model*.safetensors"))
     return Conversion(found, to, len(modules), len(stored.scales), before, after, stored.notes)
+
+
+def _packed(
+    source: str | os.PathLike[str],
+    target: Path,
+    to: str,
+    masks: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    max_shard_bytes: int,
+) -> Conversion:
+    """Write our packed directory, by way of one with ordinary weights beside it."""
+    from zeroskip.convert.zeroskip import pack_smallest
+
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
+        plain = Path(room) / "plain"
+        done = convert(source, plain, masks=masks, max_shard_bytes=max_shard_bytes)
+        if "architectures" not in read_json(plain / CONFIG):
+            raise ZeroskipError(f"{source}: its {CONFIG} names no architecture; load it and run zeroskip.compile on it")
+        model = load(plain)
+        names, notes = pack_smallest(model)
+        save(model, target, tokenizer=_Companions(plain), max_shard_bytes=max_shard_bytes)
+    done.to, done.written = to, len(names)
+    done.bytes_after = sum(file.stat().st_size for file in target.glob("model*.safetensors"))
+    done.notes += notes
+    return done
+
+
+class _Companions:
+    """The files beside the weights, where `save` takes a tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save_pretrained(self, directory: Path) -> None:
+        copy_companions(self.folder, directory, ("generation_config.json", "*.py"))
 
 
 def _undone(stored: Stored) -> dict[str, int]:
