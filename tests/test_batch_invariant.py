@@ -147,10 +147,12 @@ def test_a_tied_head_works_row_by_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert type(plain.head) is nn.Linear and plain.head.weight is plain.table.weight and not plan_of(plain).rows
 
 
-def test_a_convolution_has_positions_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_has_positions_for_rows(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inject(monkeypatch, prefer("channels_last", "dense"), LOST)
     x = torch.randn(6, 8, 9, 9)
-    net = zs.compile(nn.Sequential(nn.Conv2d(8, 32, 3)), tokens=(1,), example_inputs=x, batch_invariant=True)
+    conv = nn.Conv2d(8, 32, 3, groups=groups)
+    net = zs.compile(nn.Sequential(conv), tokens=(1,), example_inputs=x, batch_invariant=True)
     assert isinstance(net[0], PackedConv) and net[0].kernel is not None
     want = torch.cat([net(one) for one in x.split(1)])
     assert torch.equal(net(x), want)

@@ -41,7 +41,7 @@ from zeroskip.planning.tables import table_plan, tables
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.verdict import Verdict
 from zeroskip.planning.zeros import find_zeros
-from zeroskip.recurrent_layers import SplitRecurrent
+from zeroskip.split_layers import Split, split_of
 
 __all__ = ["Progress", "apply_tuning", "compile"]
 
@@ -85,7 +85,8 @@ def compile(
         127 steps; "fp32" or "bf16" leaves them out.
     example_inputs : tensor, tuple of arguments or dict of keyword arguments, optional
         For the check of the whole model; transformers models get synthetic ids without it, others are not checked.
-        Convolutions and recurrent layers are measured at the sizes these inputs give them, and stay dense without any.
+        Convolutions, recurrent layers, nn.MultiheadAttention and experts are measured at the sizes these inputs give
+        them, and stay dense without any.
     plan : Plan, its dictionary or its file, optional
         A plan made on this machine is applied without measuring. One of another machine is measured again.
     batch_invariant : bool
@@ -158,7 +159,7 @@ def _run(
         for group in together(sites):
             first = group[0]
             choices = [planner.plan(site, plan.notes, examples.get(site.name)) for site in group]
-            if isinstance(first.module, nn.RNNBase):
+            if split_of(first.module) is not None:
                 choices, new = settle(choices, group, examples[first.name], most, budget_s, plan.notes)
             else:
                 new = build(choices[0], first, most)
@@ -176,6 +177,7 @@ def _run(
             plan.sites.append(choice)
             verdict.installed(site.owner, site.module, table)
             put_in(model, site.module, table)
+        _leave_fused(model, plan, verdict)
         for name, layer in rows.items():
             one = RowLinear.of(layer)
             verdict.installed(name, layer, one)
@@ -200,6 +202,22 @@ def _run(
         log.warning("%s", check)
 
 
+def _leave_fused(model: nn.Module, plan: Plan, verdict: Verdict) -> None:
+    """Put the linear layers of those nn.TransformerEncoderLayer back whose attention torch computes.
+
+    For torch then computes the whole layer in one call, with their weights.
+    """
+    choices = {choice.name: choice for choice in plan.sites}
+    for owner, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.TransformerEncoderLayer) or isinstance(layer.self_attn, Split):
+            continue
+        for part in ("linear1", "linear2"):
+            choice = choices.get(f"{owner}.{part}" if owner else part)
+            if choice is not None and verdict.withdraw(choice.name):
+                why = "its nn.TransformerEncoderLayer computes with it itself, since its attention stays dense"
+                plan.sites[plan.sites.index(choice)] = _stay(choice, f"{why}; by itself, {choice.reason}")
+
+
 def _apply(model: nn.Module, given: Plan) -> None:
     """Install what a plan of this machine says, without measuring."""
     plan = copy.deepcopy(given)
@@ -210,7 +228,7 @@ def _apply(model: nn.Module, given: Plan) -> None:
     groups = together(sites[choice.name] for choice in plan.sites)
     new = [
         build_split([choices[site.name] for site in group], group, most)
-        if isinstance(group[0].module, nn.RNNBase)
+        if split_of(group[0].module) is not None
         else build(choices[group[0].name], group[0], most)
         for group in groups
     ]
@@ -230,6 +248,11 @@ def _stayed(choice: SitePlan, check: ModelCheck) -> SitePlan:
     if choice.label != f"linear {choice.dtype}":
         why = "the model as a whole was slower" if check.ratios else check.method
         reason = f"put back: {why}; by itself, {reason}"
+    return _stay(choice, reason)
+
+
+def _stay(choice: SitePlan, reason: str) -> SitePlan:
+    """Return the plan of a site that stays as it was."""
     return replace(
         choice,
         format="linear",
@@ -245,8 +268,8 @@ def _note_bytes(choices: list[SitePlan], sites: list[Site], new: nn.Module) -> N
     for choice, site in zip(choices, sites, strict=True):
         if new is site.module:
             choice.bytes_after = choice.bytes_before
-        elif isinstance(new, SplitRecurrent):
-            choice.bytes_after = _stored_bytes(new.get_submodule(site.parameter))
+        elif isinstance(new, Split):
+            choice.bytes_after = _stored_bytes(new.get_submodule(site.child))
         else:
             choice.bytes_after = _stored_bytes(new)
 

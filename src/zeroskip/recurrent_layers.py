@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.sites.recurrent import directions
+from zeroskip.split_layers import Split
 
 __all__ = ["SplitRecurrent", "obstacle", "products"]
 
@@ -46,7 +47,7 @@ def products(rnn: nn.RNNBase) -> dict[str, nn.Linear]:
     return found
 
 
-class SplitRecurrent(nn.Module):
+class SplitRecurrent(Split):
     """nn.LSTM, nn.GRU or nn.RNN whose products are its children `weight_ih_l0`, `weight_hh_l0`, ...
 
     Takes and returns what the layer did: x [steps, batch, in] (batch first, or without a batch), first states or none.
@@ -61,12 +62,24 @@ class SplitRecurrent(nn.Module):
     """
 
     def __init__(self, rnn: nn.RNNBase, parts: Mapping[str, nn.Module]) -> None:
-        super().__init__()
+        super().__init__(rnn, parts)
         self.mode, self.input_size, self.hidden_size = rnn.mode, rnn.input_size, rnn.hidden_size
         self.num_layers, self.bias, self.batch_first = rnn.num_layers, rnn.bias, rnn.batch_first
         self.bidirectional, self.dropout, self.proj_size = rnn.bidirectional, rnn.dropout, 0
         for name, part in parts.items():
             self.add_module(name, part)
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        return isinstance(module, nn.RNNBase)
+
+    @staticmethod
+    def obstacle(module: Any) -> str | None:
+        return obstacle(module)
+
+    @staticmethod
+    def products(module: Any) -> dict[str, nn.Module]:
+        return dict(products(module))
 
     def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         if isinstance(x, PackedSequence):

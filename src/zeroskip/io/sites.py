@@ -13,19 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from zeroskip import _core
 from zeroskip.conv_layers import PackedConv, geometry_of, geometry_problem
 from zeroskip.dense_layers import DTYPES, DenseLinear, OneDnnLinear
 from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
-from zeroskip.formats import Packed
 from zeroskip.io.container import Later
+from zeroskip.io.verify import ALIGNMENT, blobs_of, verify
 from zeroskip.nn import PackedLinear
 from zeroskip.ops import ACTIVATIONS
 from zeroskip.planning.install import compiled_layers, put_in
-from zeroskip.recurrent_layers import SplitRecurrent, obstacle, products
-from zeroskip.sites import Conv1DAdapter, RecurrentAdapter, Site
+from zeroskip.sites import Conv1DAdapter, Site, sites_in
 from zeroskip.sites.conv import KINDS, Conv
+from zeroskip.split_layers import PackedStack, split_of
 
 __all__ = [
     "blobs_of",
@@ -41,16 +40,9 @@ __all__ = [
     "verify",
 ]
 
-ALIGNMENT = 64  # bytes, of a blob in memory
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def blobs_of(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the packed layers of a model by name, in module order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def describe_sites(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -67,6 +59,10 @@ def describe_sites(model: nn.Module) -> dict[str, dict[str, Any]]:
                 site["conv"] = geometry_of(module)
             if isinstance(module, PackedEmbedding):
                 site["table"] = True
+        elif isinstance(module, PackedStack):
+            first = module.packed[0]
+            site |= {"kind": "packed", "format": first.format, "values": first.values}
+            site |= {"nbytes": sum(module.sizes), "stack": list(module.sizes), "activation": None}
         else:
             dtype = DTYPES[module.values] if isinstance(module, OneDnnLinear) else layer.weight.dtype
             site |= {"kind": "dense", "dtype": dtype_name(dtype), "transposed": False}
@@ -96,6 +92,12 @@ def site_problem(site: Any) -> str | None:
         return f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
     if site.get("table", True) is not True or ("table" in site and bias is not None):
         return "table, where it is there, is true, and tables have no bias"
+    if "stack" in site:
+        sizes = site["stack"]
+        if not isinstance(sizes, list) or not all(type(n) is int and n > 0 and n % ALIGNMENT == 0 for n in sizes):
+            return f"stack {sizes!r} is not positive multiples of {ALIGNMENT}"
+        if sum(sizes) != nbytes:
+            return f"stack has {sum(sizes)} bytes where nbytes is {nbytes}"
     return geometry_problem(site["conv"]) if "conv" in site else None
 
 
@@ -126,18 +128,21 @@ def swap(model: nn.Module, sites: Mapping[str, dict[str, Any]], where: str | Pat
 
 
 def _open(model: nn.Module, sites: Iterable[str]) -> None:
-    """Take the recurrent layers apart of which a product is stored packed."""
+    """Take the layers apart of which a product is stored packed."""
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in sites):
         module = model.get_submodule(owner)
-        if isinstance(module, nn.RNNBase):
-            put_in(model, module, SplitRecurrent(module, products(module)).train(module.training))
+        kind = split_of(module)
+        if kind is not None:
+            put_in(model, module, kind(module, kind.products(module)).train(module.training))
 
 
 def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Path) -> None:
     owner, _, parameter = name.rpartition(".")
     try:
         parent = model.get_submodule(owner)
-        inside = isinstance(parent, nn.RNNBase) and parameter in RecurrentAdapter.parameters(parent)
+        kind = split_of(parent)
+        own = {each.child: each for each in sites_in(owner, parent)} if kind is not None else {}
+        inside = own.get(parameter)
         module = parent if inside else model.get_submodule(name)
     except AttributeError:
         raise ZeroskipError(f"{where}: site {name}: a {type(model).__name__} has no such layer") from None
@@ -146,7 +151,7 @@ def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Pa
         shape = [layer.out_features, layer.in_features]
     else:
         try:
-            shape = list((Site(name, module, parameter) if inside else Site(name, module)).extent)
+            shape = list((inside or Site(name, module)).extent)
         except ZeroskipError:
             raise ZeroskipError(f"{where}: site {name}: a {type(module).__name__} cannot be packed") from None
     if shape != site["shape"]:
@@ -154,12 +159,17 @@ def _check(model: nn.Module, name: str, site: Mapping[str, Any], where: str | Pa
     if site.get("transposed") and not Conv1DAdapter.matches(module):
         raise ZeroskipError(f"{where}: site {name}: stored transposed, which a {type(module).__name__} is not")
     if site.get("table", False) != isinstance(module, nn.Embedding | PackedEmbedding):
-        kind = "table" if "table" in site else "layer that multiplies"
-        raise ZeroskipError(f"{where}: site {name}: stored as a {kind} where the model has a {type(module).__name__}")
+        stored = "table" if "table" in site else "layer that multiplies"
+        raise ZeroskipError(f"{where}: site {name}: stored as a {stored} where the model has a {type(module).__name__}")
     has = geometry_of(cast(Conv, module)) if isinstance(module, (*KINDS, PackedConv)) else None
     if site.get("conv") != has:
         raise ZeroskipError(f"{where}: site {name}: stored as convolution {site.get('conv')} where the model has {has}")
-    problem = obstacle(cast(nn.RNNBase, module)) if inside else None
+    count = inside.shape[0] if inside is not None else 1
+    if len(site.get("stack", [0])) != count:
+        raise ZeroskipError(
+            f"{where}: site {name}: stored as {len(site.get('stack', [0]))} where the model has {count}"
+        )
+    problem = kind.obstacle(module) if inside is not None and kind is not None else None
     if problem is not None:
         raise ZeroskipError(f"{where}: site {name}: the {type(module).__name__} cannot be taken apart: {problem}")
 
@@ -170,6 +180,8 @@ def _empty(site: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         if "table" in site:
             layer = PackedEmbedding(columns, rows, site["nbytes"])
+        elif "stack" in site:
+            layer = PackedStack(columns, rows, site["stack"], bias is not None)
         elif "conv" in site:
             layer = PackedConv(columns, rows, site["nbytes"], site["conv"], bias is not None)
         elif site["kind"] == "packed":
@@ -178,50 +190,9 @@ def _empty(site: Mapping[str, Any]) -> nn.Module:
             layer = nn.Linear(columns, rows, bias is not None, dtype=getattr(torch, site["dtype"]))
             layer.requires_grad_(False)
         if bias is not None:
-            layer.bias = nn.Parameter(torch.empty(rows, dtype=getattr(torch, bias)), requires_grad=False)
+            count = (len(site["stack"]),) if "stack" in site else ()
+            layer.bias = nn.Parameter(torch.empty(*count, rows, dtype=getattr(torch, bias)), requires_grad=False)
     return layer
-
-
-def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
-    """Validate every blob of a model just filled, and copy those that do not lie on a 64-byte boundary.
-
-    Parameters
-    ----------
-    where : callable
-        From the name of a tensor to the file it came from, for the message.
-
-    Raises
-    ------
-    ZeroskipError
-        Naming file, tensor and problem.
-    """
-    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    for site, module in blobs_of(model).items():
-        name = f"{site}.weight"
-        blob = module.weight.detach()
-        if blob.data_ptr() % ALIGNMENT:
-            blob = blob.clone()
-            module.weight = nn.Parameter(blob, requires_grad=False)
-        try:
-            _check_hash(blob)
-            packed = Packed.from_blob(blob)
-            if isinstance(module, PackedEmbedding):
-                module.settle(dtype)
-        except ValueError as error:
-            raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
-        shape = (module.out_features, module.in_features)
-        if packed.shape != shape:
-            raise ZeroskipError(f"{where(name)}: {name}: the blob holds {packed.shape} where the model has {shape}")
-
-
-def _check_hash(blob: Tensor) -> None:
-    # The cache of validated blobs goes by address and header. A file mapped where another one was, with the same header
-    # and other contents, would pass unseen, so what was just read is hashed whatever the cache says.
-    if blob.dtype != torch.int8 or blob.dim() != 1 or blob.numel() < 64 or blob.numel() % 64:
-        return  # refused by the check that follows
-    found = _core.hash_blob(blob.data_ptr(), blob.numel())
-    if bytes(blob[40:48].numpy()) != found.to_bytes(8, "little"):
-        raise ZeroskipError("content hash differs: the bytes were changed or damaged")
 
 
 def straighten(model: nn.Module, sites: Mapping[str, dict[str, Any]]) -> dict[str, nn.Module]:

@@ -21,13 +21,14 @@ from zeroskip.nn import PackedLinear
 from zeroskip.planning.candidates import NAMES, pack_as
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
+from zeroskip.planning.products import one_kernel, packed_stack, product_of, serve
 from zeroskip.planning.reread import reread, weight_files
 from zeroskip.planning.rows import pin
 from zeroskip.planning.siblings import join
 from zeroskip.planning.tables import build_table, is_table, tables
-from zeroskip.recurrent_layers import SplitRecurrent, products
 from zeroskip.sites import ConvAdapter
 from zeroskip.sites.conv import Conv
+from zeroskip.split_layers import PackedStack, Split, Stack, split_of
 
 __all__ = [
     "apply_tuning",
@@ -45,7 +46,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-COMPILED = (PackedLinear, OneDnnLinear, DenseLinear)
+COMPILED = (PackedLinear, PackedStack, OneDnnLinear, DenseLinear)
 
 
 def weights_of(site: Site) -> tuple[Tensor, Tensor | None]:
@@ -57,7 +58,7 @@ def weights_of(site: Site) -> tuple[Tensor, Tensor | None]:
 def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
     """Return the module that the plan wants at this site; the site's own where it stays dense as it is.
 
-    Of a recurrent layer it is the product that the site is.
+    Of a layer that is taken apart it is the product that the site is.
 
     The tuning table of the process is filled for the packed weight. `tokens` is the largest count to be good at.
 
@@ -67,8 +68,7 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
         If the format cannot hold the weight: its zeros are not those the plan was made for.
     """
     if choice.format == "linear" and choice.values == choice.dtype:
-        rnn = site.module
-        return products(rnn)[site.parameter] if isinstance(rnn, nn.RNNBase) else rnn
+        return product_of(site) or site.module
     if is_table(site):
         return build_table(choice, site)
     with torch.inference_mode(False), torch.no_grad():
@@ -76,32 +76,22 @@ def build(choice: SitePlan, site: Site, tokens: int) -> nn.Module:
             return in_channels_last(site.module)
         weight, bias = weights_of(site)
         if choice.format in rivals():
+            if isinstance(whole := product_of(site), Stack):
+                return whole
             return rivals()[choice.format].build(weight, bias, choice.values, tokens)
         try:
+            if isinstance(whole := product_of(site), Stack):
+                return packed_stack(choice, site, whole)
             packed = pack_as(choice.format, weight, choice.values, site.whole_scales)
-            _serve(packed, choice)
+            serve(packed, choice)
         except ValueError as error:
             raise ZeroskipError(f"{choice.name}: the plan's {choice.label} does not fit: {error}") from error
         if issubclass(site.adapter, ConvAdapter):
             layer: PackedLinear = PackedConv.of(cast(Conv, site.module), packed, bias)
         else:
             layer = PackedLinear.from_packed(packed, bias, None)
-        layer.kernel = _one_kernel(choice) if choice.pinned else None
+        layer.kernel = one_kernel(choice) if choice.pinned else None
         return layer
-
-
-def _serve(packed: Packed, choice: SitePlan) -> None:
-    """Fill the tuning table, or see that the one kernel of a pinned site can serve; the layer itself carries that."""
-    if not choice.pinned:
-        ops.tune(packed, choice.kernels)
-    elif _one_kernel(choice) not in ops.kernels(packed):
-        raise ZeroskipError(f"there is no kernel {_one_kernel(choice)!r} for it on this CPU")
-
-
-def _one_kernel(choice: SitePlan) -> str:
-    if len(choice.kernels) != 1:
-        raise ZeroskipError(f"{choice.name} is batch-invariant with {len(choice.kernels)} kernels: compile it again")
-    return choice.kernels[0][1]
 
 
 def row_by_row(model: nn.Module, names: Iterable[str]) -> None:
@@ -112,20 +102,20 @@ def row_by_row(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def together(sites: Iterable[Site]) -> list[list[Site]]:
-    """Return the sites in groups that one module replaces: the products of a recurrent layer; any other alone."""
+    """Return the sites in groups that one module replaces: the products of a layer taken apart; any other alone."""
     groups: dict[tuple[int, str], list[Site]] = {}
     for site in sites:
-        groups.setdefault((id(site.module), "" if isinstance(site.module, nn.RNNBase) else site.name), []).append(site)
+        groups.setdefault((id(site.module), "" if split_of(site.module) else site.name), []).append(site)
     return list(groups.values())
 
 
 def build_split(choices: Sequence[SitePlan], sites: Sequence[Site], tokens: int) -> nn.Module:
-    """Return what a plan wants in the place of a recurrent layer; the layer itself where nothing of it is packed."""
-    old = cast(nn.RNNBase, sites[0].module)
-    if not any(choice.is_packed for choice in choices):
+    """Return what a plan wants in the place of a layer taken apart; the layer itself where nothing of it is packed."""
+    old, kind = sites[0].module, split_of(sites[0].module)
+    if kind is None or not any(choice.is_packed for choice in choices):
         return old
     parts = {site.parameter: build(choice, site, tokens) for choice, site in zip(choices, sites, strict=True)}
-    return SplitRecurrent(old, parts).train(old.training)
+    return kind(old, parts).train(old.training)
 
 
 def put_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -152,9 +142,11 @@ def compiled_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """Return the dense weight [m, k] of a layer that a plan installed, in its stored precision."""
+    """Return the dense weight [m, k] (of a stack [count, m, k]) of an installed layer, in its stored precision."""
     if isinstance(layer, PackedLinear):
         return unpack(Packed.from_blob(layer.weight.detach()))
+    if isinstance(layer, PackedStack):
+        return torch.stack([unpack(each) for each in layer.packed])
     return cast(Tensor, layer.weight).detach()
 
 
@@ -199,17 +191,17 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
 
 
 def _close(model: nn.Module, dtypes: dict[str, torch.dtype] | None, only: set[str] | None) -> list[str]:
-    """Turn recurrent layers that were taken apart back into torch's own, in place, and return their names."""
+    """Turn layers that were taken apart back into what they were, in place, and return their names."""
     common = next((p.dtype for n, p in _outside(model) if p.is_floating_point()), torch.float32)
     names: list[str] = []
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, SplitRecurrent) or (only is not None and name not in only):
+        if not isinstance(layer, Split) or (only is not None and name not in only):
             continue
         with torch.inference_mode(False), torch.no_grad():
             dtype = (dtypes or {}).get(name, common)
             weights = {
                 part: (stored_weight(child).to(dtype), cast("Tensor | None", child.bias))
-                for part, child in layer.named_children()
+                for part, child in layer.parts.items()
             }
             put_in(model, layer, layer.dense(weights).train(layer.training))
         names.append(name)
@@ -238,7 +230,10 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
         layer = layers.get(choice.name)
         if layer is None:
             continue
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedStack):
+            for packed in layer.packed if not changes else ():
+                ops.tune(packed, choice.kernels)
+        elif isinstance(layer, PackedLinear):
             if choice.pinned:
                 _pin_again(layer, choice)
             elif not changes and choice.is_packed and choice.kernels:  # an embedding has none
@@ -255,7 +250,7 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
 def _pin_again(layer: PackedLinear, choice: SitePlan) -> None:
     """Keep a site batch-invariant wherever it is loaded: its kernel gives the same bits on every CPU that has it."""
     dtype = next((each for each, name in NAMES.items() if name == choice.dtype), torch.float32)
-    if not pin(layer, dtype, _one_kernel(choice)):
+    if not pin(layer, dtype, one_kernel(choice)):
         log.warning("%s: no kernel here gives a row the same bits in every batch; compile anew", choice.name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,12 +21,14 @@ from zeroskip.planning.choose import Choice, choose
 from zeroskip.planning.install import weights_of
 from zeroskip.planning.measure import Measured, measure, measure_layouts
 from zeroskip.planning.plan import SitePlan
+from zeroskip.planning.products import product_of
 from zeroskip.planning.rows import steady_layouts
 from zeroskip.planning.shaped import Example, conv_layouts, is_shaped, key_of, probe_of, shaped_obstacle, stand_in
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.zeros import Zeros, find_zeros
 from zeroskip.quantize import kinds_of
 from zeroskip.sites import LinearAdapter
+from zeroskip.split_layers import Stack, split_of
 
 __all__ = ["Planner", "check_weights", "left_to_torch", "plannable", "recorded_kinds", "site_plan"]
 
@@ -61,11 +63,13 @@ class Planner:
     def plan(self, site: Site, notes: list[str], example: Example | None = None) -> SitePlan:
         """Return the plan of one site, measured here or at an earlier site of the same key.
 
-        A shaped site (a convolution, a product of a recurrent layer) is measured at the size of its example.
+        A shaped site (a convolution, a product of a layer taken apart) is measured at the size of its example.
         """
         weight, bias = weights_of(site)
+        if isinstance(product_of(site), Stack):  # one of its products stands for all
+            bias = stand_in(site).bias
         zeros = find_zeros(weight if site.shape[0] == 1 else site.weight().flatten(0, 1))
-        scales = None if site.whole_scales is None else site.whole_scales.shape
+        scales = None if site.scales is None else site.scales.shape
         recorded = recorded_kinds(site, weight)
         key: tuple[Any, ...] = (*weight.shape, weight.dtype, zeros.pattern, bias is not None, scales, recorded)
         key += () if example is None else key_of(site, example)
@@ -78,9 +82,11 @@ class Planner:
         values = allowed_values(weight.dtype, self.precision, recorded)
         measured = self.measure(site, weight, bias, values, example)
         self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
-        counts = self.tokens if example is None else Tokens((example.tokens,))
+        counts = self.tokens if example is None else Tokens(example.counts)
         steady = steady_layouts(measured, weight.dtype) if self.batch_invariant else None
         made = site_plan(site.name, weight, zeros, measured, choose(measured, counts, steady))
+        if isinstance(product_of(site), Stack):
+            made = _as_often(made, site.shape[0])
         notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]
         self._known[key].append((zeros.nnz, made))
         return made
@@ -101,8 +107,8 @@ class Planner:
         limits: Any = {"working_set_bytes": self.working_set_bytes, "budget_s": self.budget_s}
         if example is None:
             return measure(site.module, weight, bias, values=values, tokens=self.tokens.counts, **limits)
-        if isinstance(site.module, nn.RNNBase):
-            return measure(stand_in(site), weight, bias, values=values, tokens=(example.tokens,), **limits)
+        if split_of(site.module) is not None:
+            return measure(stand_in(site), weight, bias, values=values, tokens=example.counts, **limits)
         with torch.inference_mode(False), torch.no_grad():
             found, refused = conv_layouts(site, weight, bias, values, self.batch_invariant)
         probes = partial(probe_of, site, example)
@@ -144,6 +150,14 @@ def site_plan(name: str, weight: Tensor, zeros: Zeros, measured: Measured, choic
     )
 
 
+def _as_often(plan: SitePlan, count: int) -> SitePlan:
+    """The plan of one product of a stack as that of all: times are those of one, bytes those of all."""
+    sizes = {label: nbytes * count for label, nbytes in plan.layout_bytes.items()}
+    return replace(
+        plan, bytes_before=plan.bytes_before * count, bytes_after=plan.bytes_after * count, layout_bytes=sizes
+    )
+
+
 def check_weights(sites: list[Site]) -> None:
     """Raise ZeroskipError if a weight is not on the CPU or holds NaN or Inf; the line names the site."""
     for site in sites:
@@ -168,7 +182,8 @@ def plannable(
         f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items() if name not in tables
     ]
     check_weights(every)
-    bound = _bound_to_parents(model)
+    known = {id(site.module) for site in every if (examples or {}).get(site.name) is not None}
+    bound = _bound_to_parents(model, known)
     sites: list[Site] = []
     left: list[Site] = []
     for site in every:
@@ -203,7 +218,7 @@ def left_to_torch(model: nn.Module, planned: Iterable[Site]) -> dict[str, nn.Lin
     found: dict[str, nn.Linear] = {}
     for site in every_site(model):
         module = site.module
-        rows = isinstance(module, nn.RNNBase | nn.MultiheadAttention)  # they compute with many rows in ways of torch's
+        rows = split_of(module) is not None  # they compute with many rows in ways of torch's
         if isinstance(module, nn.Embedding) or (id(module) in taken and not rows):
             continue
         hooked = module._forward_hooks or module._forward_pre_hooks
@@ -215,24 +230,29 @@ def left_to_torch(model: nn.Module, planned: Iterable[Site]) -> dict[str, nn.Lin
     return found
 
 
-def _bound_to_parents(model: nn.Module) -> dict[int, str]:
-    """Return {id of a layer: its parent's kind} for layers whose parent computes with their weight itself."""
-    kinds = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    owners = [module for module in model.modules() if isinstance(module, kinds)]
+def _bound_to_parents(model: nn.Module, known: Collection[int] = ()) -> dict[int, str]:
+    """Return {id of a layer: its parent's kind} for layers whose parent computes with their weight itself.
+
+    An nn.TransformerEncoderLayer does so only while its attention is torch's, which that may not stay whose id is in
+    `known`.
+    """
+    owners: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    for layer in (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)):
+        kind = split_of(layer.self_attn)
+        if kind is None or id(layer.self_attn) not in known or kind.obstacle(layer.self_attn) is not None:
+            owners.append(layer)
     return {id(child): type(owner).__name__ for owner in owners for child in owner.children()}
 
 
 def _obstacle(site: Site, bound: Mapping[int, str], example: Example | None) -> str | None:
     """Return why the site cannot be replaced by another module, None if it can."""
     module = site.module
-    if isinstance(module, nn.MultiheadAttention):
-        return f"{type(module).__name__} reads its weight directly"
     if is_shaped(site):
         if (reason := shaped_obstacle(site, example)) is not None:
             return reason
     elif not issubclass(site.adapter, LinearAdapter):
         return f"{type(module).__name__} is not compiled yet"
-    if id(module) in bound:
+    if id(module) in bound and split_of(module) is None:
         return f"{bound[id(module)]} reads its weight directly"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} computes in a way of its own"

@@ -1,4 +1,4 @@
-"""Sites whose work is not told by a token count: convolutions, and the products of recurrent layers.
+"""Sites whose work is not told by a token count: convolutions, and the products of layers that are taken apart.
 
 They are measured at the sizes they have when the model runs on the example inputs.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,12 +20,12 @@ from zeroskip.formats import Packed, names
 from zeroskip.model import Site, every_site
 from zeroskip.planning.candidates import DENSE_FORMATS, NAMES, Call, Layout, few_zeros, format_layout
 from zeroskip.planning.measure import Probe
+from zeroskip.planning.products import product_of
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.whole import evaluating, model_calls
-from zeroskip.recurrent_layers import obstacle as split_obstacle
-from zeroskip.recurrent_layers import products
-from zeroskip.sites import ConvAdapter, RecurrentAdapter
+from zeroskip.sites import ConvAdapter, ExpertsAdapter
 from zeroskip.sites.conv import Conv, patches
+from zeroskip.split_layers import Stack, split_of
 
 __all__ = [
     "Example",
@@ -43,6 +43,9 @@ __all__ = [
 MOST_GROUPS = 64  # as one matrix it takes that many times the memory while it is packed
 
 
+Called = tuple[int, tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Example:
     """One call of a site's module.
@@ -50,21 +53,36 @@ class Example:
     Attributes
     ----------
     shape : tuple of int
-        Of the first argument; empty where that was a PackedSequence.
+        Of the first argument; empty where that was a PackedSequence or a nested tensor.
     tokens : int
         Rows of the product: positions of a convolution's output over the batch, steps x batch of a recurrent layer's
-        input, the batch for its hidden state.
+        input, the batch for its hidden state, length x batch of attention, what an expert gets on average.
     last : bool
         Whether the channels came innermost in memory.
+    calls : tuple of (tokens, args, kwargs)
+        The calls themselves, one for each number of rows from few to many, of layers whose first argument does not say
+        all. Their products are measured at each; any other at the largest call alone.
     """
 
     shape: tuple[int, ...]
     tokens: int
     last: bool = False
+    calls: tuple[Called, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of rows to measure a product at."""
+        return tuple(call[0] for call in self.calls) or (self.tokens,)
+
+    def with_calls(self, other: Example) -> Example:
+        """Return the larger of two examples with the calls of both."""
+        first, second = sorted((self, other), key=lambda each: each.tokens)
+        known = {call[0]: call for call in (*first.calls, *second.calls)}
+        return replace(second, calls=tuple(known[count] for count in sorted(known)))
 
 
 def is_shaped(site: Site) -> bool:
-    return issubclass(site.adapter, ConvAdapter | RecurrentAdapter)
+    return issubclass(site.adapter, ConvAdapter) or split_of(site.module) is not None
 
 
 @torch.no_grad()
@@ -75,9 +93,8 @@ def capture(model: nn.Module, calls: Iterable[Callable[[], object]]) -> dict[str
 
     def hook(site: Site) -> Callable[..., None]:
         def run(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen = _example(site, args[0] if args else next(iter(kwargs.values())), output)
-            if site.name not in found or seen.tokens > found[site.name].tokens:
-                found[site.name] = seen
+            seen = _example(site, args, kwargs, output)
+            found[site.name] = seen.with_calls(found[site.name]) if site.name in found else seen
 
         return run
 
@@ -100,7 +117,19 @@ def examples_of(model: nn.Module, tokens: Tokens, example_inputs: Any) -> dict[s
         return {} if isinstance(calls, str) else capture(model, calls.values())
 
 
-def _example(site: Site, x: Any, output: Any) -> Example:
+def _example(site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Example:
+    x: Any = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(site.module, nn.MultiheadAttention):
+        if x.is_nested:
+            return Example((), 0)
+        rows = x.numel() // x.shape[-1]
+        return Example(tuple(x.shape), rows, calls=((rows, args, kwargs),))
+    if issubclass(site.adapter, ExpertsAdapter):
+        chosen = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and not a.is_floating_point()]
+        if not chosen:
+            return Example((), 0)
+        rows = -(-chosen[0].numel() // site.shape[0])
+        return Example(tuple(x.shape), rows, calls=((rows, args, kwargs),))
     if isinstance(site.module, nn.RNNBase):
         if isinstance(x, PackedSequence):
             return Example((), 0)
@@ -113,30 +142,37 @@ def _example(site: Site, x: Any, output: Any) -> Example:
 
 def shaped_obstacle(site: Site, example: Example | None) -> str | None:
     """Return why a shaped site cannot be measured or replaced, None if it can."""
-    module = site.module
-    if isinstance(module, nn.RNNBase) and (problem := split_obstacle(module)) is not None:
+    module, kind = site.module, split_of(site.module)
+    if kind is not None and (problem := kind.obstacle(module)) is not None:
         return problem
-    if site.shape[0] > MOST_GROUPS:
+    if kind is None and site.shape[0] > MOST_GROUPS:
         return f"a convolution in {site.shape[0]} groups multiplies too little for what its patches cost"
-    if type(module).__module__.partition(".")[0] != "torch":
+    if type(module).__module__.partition(".")[0] != "torch" and not issubclass(site.adapter, ExpertsAdapter):
         return f"{type(module).__name__} may compute in a way of its own"
     if example is None:
         return "the size of its input is not known; give example_inputs that reach it"
-    return None if example.shape else "it is given a PackedSequence"
+    return None if example.shape else "it is given sequences of different lengths, or what it is given is not known"
 
 
 def key_of(site: Site, example: Example) -> tuple[Any, ...]:
     """Return what two sites of equal times have in common, besides their weights."""
     geometry = str(geometry_of(cast(Conv, site.module))) if issubclass(site.adapter, ConvAdapter) else ""
-    return (geometry, example)
+    return (geometry, example, example.counts)
 
 
 def stand_in(site: Site) -> nn.Linear:
-    """Return the product of a recurrent layer that is this site, as a layer of its own."""
-    product = products(cast(nn.RNNBase, site.module))[site.parameter]
+    """Return the product that is this site of a layer taken apart, as a linear layer; of a stack the first."""
+    product = product_of(site)
+    if isinstance(product, Stack):
+        layer = nn.Linear(product.in_features, product.out_features, product.bias is not None, device="meta")
+        layer.weight = nn.Parameter(product.weight[0], requires_grad=False)
+        if isinstance(product.bias, Tensor):
+            layer.bias = nn.Parameter(product.bias[0], requires_grad=False)
+    else:
+        layer = cast(nn.Linear, product)
     if site.scales is not None:
-        product.__dict__["zeroskip_scales"] = site.scales
-    return product
+        layer.__dict__["zeroskip_scales"] = site.scales[:1]
+    return layer
 
 
 def probe_of(site: Site, example: Example, tokens: int) -> Probe:

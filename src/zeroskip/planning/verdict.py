@@ -58,6 +58,17 @@ class Verdict:
             self.dtypes[name] = weight.dtype
         self.swaps[name] = (old if self.keeps_both else None, new)
 
+    def withdraw(self, name: str) -> bool:
+        """Put one layer back, and say whether there was one to put back."""
+        old, new = self.swaps.pop(name, (None, None))
+        if new is None:
+            return False
+        if old is None:
+            thaw(self.model, self.dtypes, only={name})
+        else:
+            put_all(self.model, [(new, old)])
+        return True
+
     def fused(self) -> list[Fused]:
         """Join the packed layers that read the same tensor, where that is faster; return the groups.
 

@@ -161,6 +161,11 @@ class Site:
         return kind
 
     @property
+    def child(self) -> str:
+        """What the site is called in its module, "" where it is the module's own weight."""
+        return _short(self.parameter)
+
+    @property
     def owner(self) -> str:
         """Dotted path of the module."""
         return self.name if self.parameter == "weight" else self.name[: -len(_short(self.parameter))].rstrip(".")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeroskip.sites.base import Adapter, Call, Inputs, is_weight
 
-__all__ = ["ExpertsAdapter"]
+__all__ = ["ExpertsAdapter", "transposed"]
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
@@ -40,11 +40,11 @@ class ExpertsAdapter(Adapter):
 
     @staticmethod
     def view(module: nn.Module, parameter: str, value: Tensor) -> Tensor:
-        return value.transpose(1, 2) if _transposed(module) else value
+        return value.transpose(1, 2) if transposed(module) else value
 
     @staticmethod
     def back(module: nn.Module, parameter: str, matrices: Tensor) -> Tensor:
-        return matrices.transpose(1, 2) if _transposed(module) else matrices
+        return matrices.transpose(1, 2) if transposed(module) else matrices
 
     @staticmethod
     def bias(module: nn.Module, parameter: str) -> Tensor | None:
@@ -63,7 +63,7 @@ class ExpertsAdapter(Adapter):
                 yield name, [torch.cat(each) if each else stacked.new_zeros(0, width).detach() for each in seen]
 
 
-def _transposed(module: nn.Module) -> bool:
+def transposed(module: nn.Module) -> bool:
     """Whether the stack is [experts, in, out]: transformers says so, or else the first one's sizes do."""
     said = getattr(module, "is_transposed", None)
     if isinstance(said, bool):
