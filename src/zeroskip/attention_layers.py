@@ -93,14 +93,15 @@ class SplitAttention(Split):
             weights = weights if batched else weights[0]
         else:
             y = scaled_dot_product_attention(q, k, v, mask)
-        y = self._modules["out_proj"](y.transpose(1, 2).flatten(2))  # type: ignore[misc]
+        out: Any = self._modules["out_proj"]
+        y = out(y.transpose(1, 2).flatten(2))
         if not batched:
             return y[0], weights
         return y if self.batch_first else y.transpose(0, 1), weights
 
     def _project(self, which: int, x: Tensor) -> Tensor:
-        stack: Any = self._modules.get("in_proj_weight")
-        y: Tensor = self._modules[APART[which]](x) if stack is None else stack(x, which)  # type: ignore[misc]
+        own: Any = self._modules
+        y: Tensor = own["in_proj_weight"](x, which) if "in_proj_weight" in own else own[APART[which]](x)
         return y
 
     def _heads(self, x: Tensor) -> Tensor:
