@@ -46,7 +46,7 @@ CASES = [
     (TWO, {"P.bitmask": torch.tensor([[198], [231]], dtype=torch.uint8)}, "does not have two bits of every four"),
     (TWO, {"P.compressed": torch.ones(2, 3)}, "P.compressed: torch.float32"),
     (TWO, {"P.compressed": None}, "there is no P.compressed beside it"),
-    (PACKED, {"P.weight_shape": torch.tensor([4, 80])}, r"does not hold integers \[4, 80\]"),
+    (PACKED, {"P.weight_shape": torch.tensor([4, 90])}, r"does not hold integers \[4, 90\]"),
     (PACKED, {"P.weight_packed": PACKED["P.weight_packed"].long()}, "P.weight_packed: torch.int64"),
     (PACKED, {"P.weight_scale": torch.ones(3, 2)}, r"scales \[3, 2\] cannot belong to a weight \[4, 64\]"),
     (PACKED, {"P.weight_scale": torch.ones(4, 5)}, "cannot belong"),

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.bench.timer import race
-from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.nn import PackedLinear, Siblings
 from zeroskip.planning.plan import Fused
 
@@ -63,11 +62,7 @@ def find_siblings(model: nn.Module, call: Call) -> list[list[str]]:
         if before.shape != x.shape or not torch.equal(before, x):
             changed.add(id(x))
 
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear) and not isinstance(module, PackedEmbedding)
-    }
+    layers = _linear_layers(model)
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]
     try:
         call()
@@ -76,6 +71,11 @@ def find_siblings(model: nn.Module, call: Call) -> list[list[str]]:
             hook.remove()
     groups = [[n for n in names if counts[n] == 1] for key, (_, _, names) in seen.items() if key not in changed]
     return [names for names in groups if len(names) > 1]
+
+
+def _linear_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers that multiply and nothing else: convolutions and tables, which derive from them, do more."""
+    return {name: module for name, module in model.named_modules() if type(module) is PackedLinear}
 
 
 def fuse(model: nn.Module, call: Call, counts: Sequence[int]) -> list[Fused]:
@@ -97,11 +97,7 @@ def fuse(model: nn.Module, call: Call, counts: Sequence[int]) -> list[Fused]:
     with torch.inference_mode(False), torch.no_grad():
         groups = find_siblings(model, call)
     kinds: dict[tuple[Any, ...], list[list[str]]] = {}
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear) and not isinstance(module, PackedEmbedding)
-    }
+    layers = _linear_layers(model)
     for names in groups:
         key = tuple(_kind(layers[name]) for name in names)
         kinds.setdefault(key, []).append(names)
