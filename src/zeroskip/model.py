@@ -42,9 +42,8 @@ def find_sites(
     include, exclude : patterns, optional
         Globs on site names ("rnn.weight_*"); a glob that fits the last dotted part counts too ("lm_head" fits
         "model.lm_head"). "re:..." is a regular expression that must fit the whole name. `exclude`
-        wins over `include`. Embeddings and depthwise convolutions are left out unless a pattern of `include` without a
-        wildcard in its last part fits; a weight tied to another module (the same Parameter), unless its whole name is
-        there.
+        wins over `include`. Embeddings, depthwise convolutions and weights tied to another module (the same Parameter)
+        are left out unless a pattern of `include` without a wildcard in its last part fits.
 
     Raises
     ------
