@@ -14,6 +14,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/done
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+# Tests run in a process for each core.
+SPREAD := --numprocesses auto --dist worksteal
 # The packages that a list of pyproject.toml names: $(call listed,project.dependencies)
 listed  = $$($(BIN)/python tools/requirements.py $(1))
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
@@ -28,9 +30,9 @@ demo: $(DONE)/package $(DONE)/demo
 
 # The whole suite runs on the best row of this CPU, the tests of the kernels on every lower one as well.
 test: $(DONE)/package $(DONE)/serve $(DONE)/test
-	$(BIN)/pytest
+	$(BIN)/pytest $(SPREAD)
 	@set -e; for row in $$($(BIN)/python -c "import zeroskip; print(*zeroskip.isa().available[:-1])"); do \
-	  echo "ZEROSKIP_ISA=$$row"; ZEROSKIP_ISA=$$row $(BIN)/pytest -m kernels; \
+	  echo "ZEROSKIP_ISA=$$row"; ZEROSKIP_ISA=$$row $(BIN)/pytest $(SPREAD) -m kernels; \
 	done
 
 lint: $(DONE)/dependencies $(DONE)/serve $(DONE)/lint

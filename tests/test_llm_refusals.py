@@ -124,17 +124,16 @@ def test_a_rule_has_the_last_word_on_a_table():
 
 @pytest.mark.usefixtures("short_races")
 def test_a_layer_that_is_not_supported_stays_dense_and_the_plan_says_so(tmp_path):
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     folder = tmp_path / "experts"
     size = write_tokenizer(folder, ["<pad>", "<unk>", "<eos>"])
     torch.manual_seed(0)
-    sizes = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4}
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts_per_tok=2, num_hidden_layers=1)).save_pretrained(
-        folder
-    )
+    sizes = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 32, "intermediate_size_mlp": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
+    Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts, num_hidden_layers=1)).save_pretrained(folder)
     result = cli("compile", folder, tmp_path / "out", "--tokens", 1)
     assert result.exit_code == 0, result.stderr
-    assert "note: model.layers.0.mlp.experts.down_proj: stays dense, " in result.stdout
-    assert "is not compiled yet" in result.stdout
+    assert "note: model.layers.0.feed_forward.experts.down_proj: stays dense, " in result.stdout
+    assert "computes in a way of its own" in result.stdout
