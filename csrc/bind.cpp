@@ -1,5 +1,6 @@
 // The only file that knows nanobind. It takes addresses, checks everything once, and releases the GIL around kernels.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -14,6 +15,7 @@
 #include "handles.h"
 #include "isa.h"
 #include "patches.h"
+#include "pool.h"
 #include "roofline/roofline.h"
 #include "table.h"
 #include "threads.h"
@@ -116,6 +118,21 @@ void gather(uintptr_t x, int64_t size, const Sizes& sizes, uintptr_t dst) {
   zs::gather(patches, bytes(x), size, 0, product(patches.out, patches.batch), reinterpret_cast<uint8_t*>(dst));
 }
 
+// A block of the pool as a DLPack array of type `type`, which gives it back when it is gone.
+nb::ndarray<nb::device::cpu> output(const std::vector<int64_t>& shape, int type) {
+  if (type < 1 || type > 3) throw std::invalid_argument("type out of range");
+  int64_t nbytes = type == 1 ? 4 : 2;
+  for (const int64_t size : shape)
+    if (size < 0 || __builtin_mul_overflow(nbytes, size, &nbytes)) throw std::invalid_argument("shape out of range");
+  static auto* pool = new zs::Pool;  // outlives every tensor
+  zs::Block* block = pool->take(nbytes);
+  const nb::capsule owner(block, [](void* data) noexcept { pool->give(static_cast<zs::Block*>(data)); });
+  const auto code = type == 2 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
+  const nb::dlpack::dtype dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(type == 1 ? 32 : 16), 1};
+  const std::vector<size_t> sizes(shape.begin(), shape.end());
+  return nb::ndarray<nb::device::cpu>(block->data, sizes.size(), sizes.data(), owner, nullptr, dtype);
+}
+
 void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
 
 Names kernels(uintptr_t blob, uint64_t nbytes) {
@@ -181,6 +198,7 @@ NB_MODULE(_core, module) {
   module.def("convolve", &convolve, nb::arg("x"), nb::arg("type"), nb::arg("elements"), nb::arg("sizes"),
              nb::arg("blob"), nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"),
              nb::arg("threads"), nb::arg("kernel") = nb::none());
+  module.def("output", &output, nb::arg("shape"), nb::arg("type"));
   module.def("gather", &gather, nb::arg("x"), nb::arg("size"), nb::arg("sizes"), nb::arg("dst"));
   module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
   module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ __all__ = [
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_LARGE = 32 << 20  # bytes: malloc maps such a block anew for every call, csrc/pool.h keeps it
 _forked = False
 
 
@@ -47,6 +49,13 @@ def activation_code(activation: str | None) -> int:
     if name not in ACTIVATIONS:
         raise ZeroskipError(f"unknown activation {name!r}{suggest(name, ACTIVATIONS)}")
     return ACTIVATIONS.index(name)
+
+
+def _output(x: Tensor, shape: Sequence[int], kind: int) -> Tensor:
+    """Return an unset tensor for the result of a kernel, in x's dtype, of code `kind`."""
+    if math.prod(shape) * x.element_size() < _LARGE:
+        return x.new_empty(shape)
+    return torch.from_dlpack(_core.output(list(shape), kind))
 
 
 def call_plain(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str | None = None) -> Tensor:
@@ -69,7 +78,7 @@ def call_plain(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, k
     if at % 64 or not blob.is_contiguous():
         blob = blob.clone()
         at = blob.data_ptr()
-    y = x.new_empty((*shape[:-1], m))
+    y = _output(x, (*shape[:-1], m), kind)
     try:
         _core.linear(
             x.data_ptr(), kind, x.numel() // k if k else 0, k, at, blob.numel(), address, act,
@@ -112,7 +121,7 @@ def _convolve(
     x = x.contiguous()
     if blob.data_ptr() % 64 or not blob.is_contiguous():
         blob = blob.clone()
-    y = x.new_empty((batch, *out, m))
+    y = _output(x, (batch, *out, m), kind)
     one, none = [1] * (3 - axes), [0] * (3 - axes)
     kernels_, strides, dilations, before = (list(geometry[i * axes : (i + 1) * axes]) for i in range(4))
     sizes = [
@@ -193,7 +202,7 @@ def call_many(x: Tensor, parts: Sequence[Part]) -> list[Tensor]:
         if address < 0 or where % 64 or blob.dtype is not torch.int8 or not blob.is_contiguous():
             out.append(call_one(x, part))
             continue
-        y = x.new_empty((*shape[:-1], m))
+        y = _output(x, (*shape[:-1], m), kind)
         try:
             _core.linear(
                 at, kind, tokens, k, where, blob.numel(), address, act, y.data_ptr(), m, threads, kernel
