@@ -17,7 +17,7 @@ from zeroskip import plugin
 from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import attach, load, save
-from zeroskip.io.sites import blobs_of
+from zeroskip.io.verify import blobs_of
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
 from zeroskip.planning.tokens import Tokens

@@ -119,6 +119,7 @@ SIDECARS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "bias missing": (lambda info: info["sites"]["up"].pop("bias"), "site up: bias is missing"),
     "no bias": (_set("sites", "up", "bias", to=None), "up.bias: a Plain has no such tensor"),
     "activation": (_set("sites", "up", "activation", to="eval"), "site up: activation"),
+    "dense stack": (_set("sites", "up", to=_DENSE | {"stack": 5}), "stack is nothing that a dense layer has"),
     "transposed": (_set("sites", "up", to=_DENSE | {"transposed": True}), "stored transposed"),
     "dtypes": (_set("dtypes", to={"scale": "int8"}), "dtypes: scale: 'int8'"),
     "tied": (_set("tied", to={"a": 1}), "tied does not map"),

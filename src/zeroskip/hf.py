@@ -27,8 +27,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf_cache import attach_cache
-from zeroskip.io import meta, sites
+from zeroskip.io import meta
 from zeroskip.io.load import check_sites, read_files
+from zeroskip.io.sites import swap
+from zeroskip.io.tensors import dtype_name, identity, tensors_of
+from zeroskip.io.verify import verify
 from zeroskip.planning.install import compiled_layers
 
 __all__ = ["METHOD", "ZeroskipConfig", "ZeroskipQuantizer", "attach", "is_ignored", "ties_of", "untie"]
@@ -77,7 +80,7 @@ class ZeroskipQuantizer(HfQuantizer):
         places = {site: _here(model, site) or (site if same else None) for site in info["sites"]}
         names = {site: here for site, here in places.items() if here is not None}
         stored = {here: _as_loaded(info["sites"][site], info, dtype) for site, here in names.items()}
-        sites.swap(model, stored, where)
+        swap(model, stored, where)
         _set_dtypes(model, info, dtype)
         if info.get("tied") is not None:
             pairs = ((_here(model, target), _here(model, source)) for target, source in info["tied"].items())
@@ -90,7 +93,7 @@ class ZeroskipQuantizer(HfQuantizer):
         self._where = where
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        sites.verify(model, lambda name: self._files[name])
+        verify(model, lambda name: self._files[name])
         meta.restore(model, self._info, self._where)
         model.is_quantized = False  # casts leave an int8 blob alone, so .half() and .float() need not be refused
         attach(model)
@@ -140,12 +143,12 @@ def _has_name(row: Any) -> bool:
 def _as_loaded(site: dict[str, Any], info: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """A bias in the model's dtype follows the dtype asked for."""
     follows = site["bias"] is not None and site["bias"] == info.get("dtype") and isinstance(dtype, torch.dtype)
-    return {**site, "bias": sites.dtype_name(dtype)} if follows else site
+    return {**site, "bias": dtype_name(dtype)} if follows else site
 
 
 def _set_dtypes(model: Any, info: dict[str, Any], dtype: Any) -> None:
     """Give the parameters that were stored in a dtype of their own that dtype, unless another dtype was asked for."""
-    if sites.dtype_name(dtype) != info.get("dtype"):
+    if dtype_name(dtype) != info.get("dtype"):
         return
     for name, stored in info.get("dtypes", {}).items():
         here = _here(model, name)
@@ -223,10 +226,10 @@ def ties_of(model: Any) -> tuple[dict[str, str], bool]:
 
     A bias of a packed site counts as broken too: tying it, transformers would pad it to the length of the blob.
     """
-    tensors = sites.tensors_of(model)
+    tensors = tensors_of(model)
     packed = {f"{name}.{part}" for name, _ in compiled_layers(model) for part in ("weight", "bias")}
     claimed = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    keys = {name: sites.identity(tensor) for name, tensor in tensors.items()}
+    keys = {name: identity(tensor) for name, tensor in tensors.items()}
     lost = {t: s for t, s in claimed.items() if t in packed or s in packed}
     kept = {t: s for t, s in claimed.items() if t not in lost and t in keys and keys[t] == keys.get(s)}
     already = getattr(getattr(model.config, "quantization_config", None), "tied", None) is not None

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from zeroskip.convert.base import Stored
 from zeroskip.errors import ZeroskipError
-from zeroskip.io import load, meta, sites
+from zeroskip.io import load, meta
 from zeroskip.io.container import Later
 from zeroskip.io.load import read_json
 from zeroskip.io.scales import scales_of
+from zeroskip.io.tensors import tensors_of
 from zeroskip.planning.install import thaw
 
 __all__ = ["METHOD", "open_compiled"]
@@ -33,7 +34,7 @@ def open_compiled(stored: Stored) -> int:
     from zeroskip.io.pretrained import write_config
 
     with tempfile.TemporaryDirectory() as stage:
-        tensors = write_config(model, meta.describe(model), sites.tensors_of(model), Path(stage))
+        tensors = write_config(model, meta.describe(model), tensors_of(model), Path(stage))
         stored.config = read_json(Path(stage) / "config.json")
     stored.files = dict.fromkeys(tensors, stored.path)
     stored.tensors = {name: _later(tensor) for name, tensor in tensors.items()}

@@ -21,7 +21,8 @@ _SCALES = {"": 0, "fp32": 1, "fp16": 3}
 _SCALE_NAMES = {code: name for name, code in _SCALES.items()}
 _LAYOUT = struct.Struct("<8s8sIIQQQHBBHHIHBB")
 _SECTION = struct.Struct("<QQ")
-_MAGIC, _VERSION, _ALIGNMENT = b"ZEROSKIP", 1, 64
+ALIGNMENT = 64  # bytes; of a blob and of each section in it
+_MAGIC, _VERSION = b"ZEROSKIP", 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Header:
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def build(header: Header, parts: Sequence[Tensor]) -> Tensor:

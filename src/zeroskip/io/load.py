@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, expect
-from zeroskip.io import container, meta, sites
+from zeroskip.io import container, meta
 from zeroskip.io.container import Entry
 from zeroskip.io.save import INDEX, WEIGHTS
 from zeroskip.io.scales import restore_scales
+from zeroskip.io.sites import swap
+from zeroskip.io.tensors import dtype_name, identity, tensors_of
+from zeroskip.io.verify import verify
 from zeroskip.model import unwrapped
 
 __all__ = ["check_sites", "load", "read_files", "read_json", "weight_files"]
@@ -138,7 +141,7 @@ def check_sites(stored: Mapping[str, dict[str, Any]], found: Found, where: str |
             raise ZeroskipError(f"{where}: {name}: is in none of the weight files")
         file, entry = found[name]
         if about["kind"] == "packed" and (entry.dtype != torch.int8 or entry.shape != (about["nbytes"],)):
-            is_now = f"{sites.dtype_name(entry.dtype)} {list(entry.shape)}"
+            is_now = f"{dtype_name(entry.dtype)} {list(entry.shape)}"
             raise ZeroskipError(f"{file}: {name}: is {is_now} where int8 [{about['nbytes']}] was stored")
 
 
@@ -147,8 +150,8 @@ def _fill(model: nn.Module, folder: Path, info: dict[str, Any], where: Path) -> 
     stored = info["sites"]
     check_sites(stored, found, where)
     groups = _aliases(model, stored)
-    sites.swap(model, stored, where)
-    expected = sites.tensors_of(model)
+    swap(model, stored, where)
+    expected = tensors_of(model)
     kind = type(model).__name__
     for name, (file, entry) in found.items():
         if name not in expected:
@@ -170,15 +173,15 @@ def _fill(model: nn.Module, folder: Path, info: dict[str, Any], where: Path) -> 
         module = model.get_submodule(owner)
         slots: Any = module._parameters if name in parameters else module._buffers
         slots[leaf] = tensors[source[name]]
-    sites.verify(model, lambda name: found[source[name]][0])
+    verify(model, lambda name: found[source[name]][0])
 
 
 def _aliases(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return, for each tensor of the instance that has several names, all of them; the sites stand alone."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tensor in sites.tensors_of(model).items():
+    for name, tensor in tensors_of(model).items():
         if name.rpartition(".")[0] not in stored:
-            groups.setdefault(sites.identity(tensor), []).append(name)
+            groups.setdefault(identity(tensor), []).append(name)
     return {name: group for group in groups.values() for name in group if len(group) > 1}
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
-from zeroskip.io.sites import describe_sites, dtype_name, finish, is_float, site_problem, straighten, tensors_of
+from zeroskip.io.kinds.dense import finish, straighten
+from zeroskip.io.sites import describe_sites, site_problem
+from zeroskip.io.tensors import dtype_name, is_float, tensors_of
 
 __all__ = ["FORMAT_VERSION", "SIDECAR", "attach", "check", "describe", "is_pretrained", "restore"]
 

@@ -19,10 +19,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, expect
-from zeroskip.io import container, meta, sites
+from zeroskip.io import container, meta
 from zeroskip.io.container import Later
 from zeroskip.io.lock import locked
 from zeroskip.io.scales import scales_of, write_scales
+from zeroskip.io.tensors import identity, tensors_of
 from zeroskip.model import unwrapped
 
 __all__ = ["check_new", "save", "staged", "write_json", "write_weights"]
@@ -76,7 +77,7 @@ def save(
     model = unwrapped(model)
     target = check_new(directory)
     info = meta.describe(model)
-    tensors = sites.tensors_of(model)
+    tensors = tensors_of(model)
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device.type == "meta":
             raise ZeroskipError(f"{name}: is on the meta device and has no values to store; load the model first")
@@ -166,7 +167,7 @@ def _without_aliases(tensors: Mapping[str, Tensor | Later]) -> dict[str, Tensor 
     """Keep the first name of a tensor that has several; the instance that is filled knows of the others."""
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in tensors.items():
-        first.setdefault(sites.identity(tensor), name)
+        first.setdefault(identity(tensor), name)
     return {name: tensors[name] for name in first.values()}
 
 

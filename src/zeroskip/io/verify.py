@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zeroskip import _core
-from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
+from zeroskip.formats.blob import ALIGNMENT
+from zeroskip.io.kinds import kind_of
 from zeroskip.nn import PackedLinear
-from zeroskip.split_layers import PackedStack, aligned
+from zeroskip.planning.install import compiled_layers
+from zeroskip.split_layers import aligned
 
-__all__ = ["ALIGNMENT", "blobs_of", "verify"]
-
-ALIGNMENT = 64  # bytes, of a blob in memory
+__all__ = ["blobs_of", "verify"]
 
 
 def blobs_of(model: nn.Module) -> dict[str, PackedLinear]:
@@ -39,27 +40,17 @@ def verify(model: nn.Module, where: Callable[[str], str | Path]) -> None:
         Naming file, tensor and problem.
     """
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    for site, stack in _stacks_of(model).items():
-        stack.weight = nn.Parameter(aligned(stack.weight.detach()), requires_grad=False)
-        name = f"{site}.weight"
-        for i in range(len(stack.sizes)):
-            _check_blob(stack.blob(i).detach(), (stack.out_features, stack.in_features), where(name), name)
-    for site, module in blobs_of(model).items():
-        name = f"{site}.weight"
-        blob = module.weight.detach()
-        if blob.data_ptr() % ALIGNMENT:
-            blob = blob.clone()
-            module.weight = nn.Parameter(blob, requires_grad=False)
-        _check_blob(blob, (module.out_features, module.in_features), where(name), name)
-        if isinstance(module, PackedEmbedding):
-            try:
-                module.settle(dtype)
-            except ValueError as error:
-                raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
-
-
-def _stacks_of(model: nn.Module) -> dict[str, PackedStack]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedStack)}
+    for site, module in compiled_layers(model):
+        layer: Any = module
+        kind, name, shape = kind_of(layer), f"{site}.weight", (layer.out_features, layer.in_features)
+        if kind.blobs(layer) and layer.weight.data_ptr() % ALIGNMENT:
+            layer.weight = nn.Parameter(aligned(layer.weight.detach()), requires_grad=False)
+        for blob in kind.blobs(layer):
+            _check_blob(blob, shape, where(name), name)
+        try:
+            kind.settle(layer, dtype)
+        except ValueError as error:
+            raise ZeroskipError(f"{where(name)}: {name}: {error}") from None
 
 
 def _check_blob(blob: Tensor, shape: tuple[int, int], where: str | Path, name: str) -> None:
