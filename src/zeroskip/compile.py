@@ -21,6 +21,7 @@ from zeroskip.errors import ZeroskipError, expect
 from zeroskip.io.meta import attach
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
+from zeroskip.planning.folding import fold
 from zeroskip.planning.install import (
     apply_tuning,
     build,
@@ -187,7 +188,7 @@ def _run(
         if (unrest := planner.unrest()) is not None:
             plan.notes.append(unrest)
             log.warning("%s", unrest)
-        plan.fused = verdict.fused()
+        plan.folded, plan.fused = verdict.fused()
         check = verdict.after(keep=plan.batch_invariant)
         if plan.batch_invariant and check.outcome == "put back":
             raise ZeroskipError(f"batch_invariant: the model {check.method}; compile without it")
@@ -198,7 +199,8 @@ def _run(
         raise
     plan.checks.append(check)
     if check.outcome == "put back":
-        plan.sites, plan.fused = [_stayed(choice, check) for choice in plan.sites], []
+        plan.sites = [_stayed(choice, check) for choice in plan.sites]
+        plan.fused, plan.folded = [], []
         log.warning("%s", check)
 
 
@@ -238,6 +240,7 @@ def _apply(model: nn.Module, given: Plan) -> None:
         _note_bytes([choices[site.name] for site in group], group, module)
         put_in(model, group[0].module, module)
     row_by_row(model, plan.rows)
+    fold(model, plan.folded)
     join(model, plan.fused)
     object.__setattr__(model, "zeroskip_plan", plan)
     attach(model)

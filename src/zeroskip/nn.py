@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import Part, activation_code, call, call_by, call_many, call_plain, is_plain
+from zeroskip.ops import ACTIVATIONS, Part, activation_code, call, call_by, call_many, call_plain, is_plain
 
 __all__ = ["PackedLinear", "Siblings"]
 
@@ -33,11 +33,14 @@ class PackedLinear(nn.Module):
     ----------
     siblings : Siblings or None
         Layers that are fed the same tensor and are computed in one call with this one.
+    then : nn.Module or None
+        What stands in the place of an activation of the model that this layer computes (`fold`).
     kernel : str or None
         The kernel for every number of tokens; None leaves it to the tuning table. A batch-invariant plan sets it.
     """
 
     siblings: Siblings | None = None
+    then: nn.Module | None = None
     kernel: str | None = None
 
     def __init__(
@@ -60,6 +63,11 @@ class PackedLinear(nn.Module):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
+
+    def fold(self, activation: str | None, then: nn.Module | None) -> None:
+        """Compute an activation of the model too, in whose place `then` stands; None: only the layer's own again."""
+        self._act = activation_code(activation or self.activation)
+        self.__dict__["then"] = then  # no child: it has its own place in the model
 
     @property
     def packed(self) -> Packed:
@@ -85,7 +93,8 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        shape += f", activation={self.activation}" if self.activation else ""
+        activation = ACTIVATIONS[self._act]
+        shape += f", activation={activation}" if activation != "none" else ""
         return shape + (f", kernel={self.kernel}" if self.kernel else "")
 
 

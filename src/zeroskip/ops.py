@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from zeroskip import _core
 from zeroskip.errors import ZeroskipError, expect, suggest
@@ -55,7 +56,7 @@ def _output(x: Tensor, shape: Sequence[int], kind: int) -> Tensor:
     """Return an unset tensor for the result of a kernel, in x's dtype, of code `kind`."""
     if math.prod(shape) * x.element_size() < _LARGE:
         return x.new_empty(shape)
-    return torch.from_dlpack(_core.output(list(shape), kind))
+    return from_dlpack(_core.output(list(shape), kind))
 
 
 def call_plain(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, act: int, kernel: str | None = None) -> Tensor:

@@ -121,7 +121,7 @@ def measure(
         Of the race at each batch size.
     """
     speeds = Speeds(tokens={size: tuple(batch["input_ids"].shape) for size, batch in inputs.items()})  # type: ignore[misc]
-    models = dict(dense_models(dense, dtype)) | {OURS: sparse}
+    models = dict(dense_models(dense, dtype, list(inputs.values()))) | {OURS: sparse}
     truths = {size: (eager(dense)(batch), eager(reference)(batch)) for size, batch in inputs.items()}
     for size, batch in inputs.items():
         note(f"batch {size}: eager")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from zeroskip.bench.dense import rivals
 from zeroskip.formats import pack
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.folding import find_foldable, fold
 from zeroskip.planning.install import put_in, weights_of
+from zeroskip.planning.siblings import fuse
 
-__all__ = ["Batch", "Entry", "compiled", "dense_models", "eager"]
+__all__ = ["Batch", "Entry", "compiled", "dense_models", "eager", "tokens_in"]
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +33,11 @@ Entry = Callable[[Batch], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def dense_models(model: nn.Module, dtype: str) -> Iterator[tuple[str, nn.Module]]:
+def dense_models(model: nn.Module, dtype: str, batches: Sequence[Batch]) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, model) for every kind of dense model that runs eagerly; `model` is fp32 and is not modified.
 
-    `dtype` is that of the activations in the models with our own kernels: the same as in the sparse one.
+    `dtype` is that of the activations in the models with our own kernels: the same as in the sparse one. They get the
+    fusions that the sparse one gets, found and raced on `batches`.
     """
     both = {"fp32": model, "bf16": copy.deepcopy(model).to(torch.bfloat16)}
     for values, plain in both.items():
@@ -45,7 +49,7 @@ def dense_models(model: nn.Module, dtype: str) -> Iterator[tuple[str, nn.Module]
         else:
             log.info("oneDNN prepacked %s: %s", values, problem)
     for values in ("fp32", "bf16") if dtype == "fp32" else ("bf16",):
-        yield f"our dense {values}", _swapped(both[dtype], _ours(values))
+        yield f"our dense {values}", _fused(_swapped(both[dtype], _ours(values)), batches)
 
 
 Build = Callable[[Tensor, Tensor | None], nn.Module]
@@ -68,6 +72,19 @@ def _prepacked(values: str) -> Build:
 
 def _ours(values: str) -> Build:
     return lambda weight, bias: PackedLinear.from_packed(pack(weight, "dense", values), bias)
+
+
+def _fused(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """Fuse in a model of packed layers what `zs.compile` fuses."""
+    call = partial(eager(model), min(batches, key=tokens_in))
+    fold(model, find_foldable(model, call))
+    fuse(model, call, [tokens_in(batch) for batch in batches])
+    return model
+
+
+def tokens_in(batch: Batch) -> int:
+    """How many tokens a batch has, padding included."""
+    return batch["input_ids"].numel()
 
 
 def eager(model: nn.Module) -> Entry:

@@ -18,6 +18,7 @@ from zeroskip.compile import compile as compile_model
 from zeroskip.demo import data, task
 from zeroskip.demo.measure import batches, measure, model_bytes, quicker_dtype
 from zeroskip.demo.result import Result, Size
+from zeroskip.demo.rivals import tokens_in
 from zeroskip.errors import ZeroskipError
 from zeroskip.io import load, save
 from zeroskip.planning.machine import this_machine
@@ -105,7 +106,7 @@ def run(
     clock("compiling")
     dtype = quicker_dtype(dense, inputs[SIZES[-1]])
     sparse = copy.deepcopy(reference).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    longest = max(batch["input_ids"].numel() for batch in inputs.values())
+    longest = max(map(tokens_in, inputs.values()))
     sparse = compile_model(sparse, tokens=(32, task.MAX_TOKENS, longest), precision="bf16", progress=clock.part)
     clock("quality of sparse")
     quality_sparse = task.recall(sparse, tokenizer, split.pairs)

@@ -19,6 +19,7 @@ from zeroskip.formats import Packed, unpack
 from zeroskip.model import Site, find_sites
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.candidates import NAMES, pack_as
+from zeroskip.planning.folding import fold, unfold
 from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import Plan, SitePlan
 from zeroskip.planning.products import one_kernel, packed_stack, product_of, serve
@@ -182,6 +183,8 @@ def thaw(model: nn.Module, dtypes: dict[str, torch.dtype] | None = None, only: s
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
         if isinstance(layer, PackedLinear) and layer.siblings is not None:
             layer.siblings.part()
+        if isinstance(layer, PackedLinear):
+            unfold(model, layer)
         dense.train(layer.training)
         if isinstance(layer, PackedLinear) and layer.packed.scales is not None:  # so that the same codes can come again
             dense.__dict__["zeroskip_scales"] = layer.packed.scales.unsqueeze(0)
@@ -243,6 +246,7 @@ def apply_tuning(model: nn.Module, plan: Plan) -> None:
         elif isinstance(layer, nn.Linear) and not choice.is_packed:
             _set_up_dense(model, layer, choice, max(plan.tokens.counts), at_home=not changes)
     row_by_row(model, plan.rows)
+    fold(model, plan.folded)
     if not changes:
         join(model, plan.fused)
 

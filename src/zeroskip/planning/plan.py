@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.ops import ACTIVATIONS
 from zeroskip.planning.machine import Machine
 from zeroskip.planning.site_plan import SitePlan, by_tokens
 from zeroskip.planning.tokens import Tokens
 
-__all__ = ["Fused", "ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
+__all__ = ["Folded", "Fused", "ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
 
 VERSION = 1
 
@@ -78,6 +79,30 @@ class Fused:
 
 
 @dataclass
+class Folded:
+    """An activation that the packed layer before it computes.
+
+    Attributes
+    ----------
+    layer, activation : str
+        Their names in the model.
+    function : str
+        Of `zeroskip.ops.ACTIVATIONS`.
+    """
+
+    layer: str
+    activation: str
+    function: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Folded:
+        names = [data[each] for each in ("layer", "activation", "function")]
+        if not all(isinstance(name, str) for name in names) or names[2] not in ACTIVATIONS[1:]:
+            raise ValueError(f"no activation that a layer computes: {data}")
+        return cls(*names)
+
+
+@dataclass
 class Plan:
     """What was measured and chosen; `str(plan)` is a table.
 
@@ -94,6 +119,8 @@ class Plan:
         Layers that were left alone and why, kernels that failed the oracle, anything else worth knowing.
     fused : list of Fused
         Groups of packed sites that are computed in one call.
+    folded : list of Folded
+        Activations that the packed site before them computes.
     batch_invariant, rows : bool, list of str
         Whether every row of a site's output has the same bits whatever else is in the batch; the layers that torch
         computes one row at a time for that.
@@ -108,6 +135,7 @@ class Plan:
     fused: list[Fused] = field(default_factory=list)
     batch_invariant: bool = False
     rows: list[str] = field(default_factory=list)
+    folded: list[Folded] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -130,6 +158,7 @@ class Plan:
             "fused": [plain(asdict(group)) for group in self.fused],
             "batch_invariant": self.batch_invariant,
             "rows": list(self.rows),
+            "folded": [asdict(pair) for pair in self.folded],
         }
 
     @classmethod
@@ -153,7 +182,9 @@ class Plan:
             machine = Machine.from_dict(data["machine"])
             fused = [Fused.from_dict(group) for group in data.get("fused", [])]
             held, rows = bool(data.get("batch_invariant", False)), [str(name) for name in data.get("rows", [])]
-            return cls(machine, tokens, data["precision"], sites, checks, list(data["notes"]), fused, held, rows)
+            folded = [Folded.from_dict(pair) for pair in data.get("folded", [])]
+            notes = list(data["notes"])
+            return cls(machine, tokens, data["precision"], sites, checks, notes, fused, held, rows, folded)
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 

@@ -48,6 +48,9 @@ def plan_table(plan: Plan) -> str:
                 f"{len(plan.fused)} groups of layers that read the same tensor are computed together: "
                 f"{min(gains):.2f} to {max(gains):.2f}x as fast as apart"
             )
+        if plan.folded:
+            functions = " and ".join(sorted({pair.function for pair in plan.folded}))
+            lines.append(f"{len(plan.folded)} activations ({functions}) are computed by the layer before them")
         which = "batch-invariant dense" if plan.batch_invariant else "dense"
         lines.append(f"x at T: times as fast as the fastest {which} candidate at T tokens, measured site by site")
     lines += [_wrap(str(check), 2) for check in plan.checks]

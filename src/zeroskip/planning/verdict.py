@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from zeroskip.bench.timer import Race, Ratio
+from zeroskip.planning.folding import find_foldable, fold
 from zeroskip.planning.install import put_all, thaw
 from zeroskip.planning.machine import available_memory_bytes
-from zeroskip.planning.plan import Fused, ModelCheck
+from zeroskip.planning.plan import Folded, Fused, ModelCheck
 from zeroskip.planning.siblings import fuse
 from zeroskip.planning.whole import Call, evaluating, interleaved, model_calls, ratio_by_control, with_control
 
@@ -69,17 +70,23 @@ class Verdict:
             put_all(self.model, [(new, old)])
         return True
 
-    def fused(self) -> list[Fused]:
-        """Join the packed layers that read the same tensor, where that is faster; return the groups.
+    def fused(self) -> tuple[list[Folded], list[Fused]]:
+        """Fuse what belongs together, and return it: activations with the layer before them, layers of one input.
 
-        Not for a model under torch.compile, which computes them apart.
+        Not for a model under torch.compile, which computes all layers apart.
         """
         if isinstance(self.calls, str) or self.mode == "compiled" or not self.swaps:
-            return []
+            return [], []
         with evaluating(self.model):
             if self._failure(self.calls) is not None:  # `after` will say so
-                return []
-            return fuse(self.model, min(self.calls.items())[1], self.counts)
+                return [], []
+            call = min(self.calls.items())[1]
+            folded: list[Folded] = []
+            for pair in find_foldable(self.model, call):
+                for swap in fold(self.model, [pair]):
+                    self.installed(*swap)
+                    folded.append(pair)
+            return folded, fuse(self.model, call, self.counts)
 
     def after(self, keep: bool = False) -> ModelCheck:
         """Compare, and put the model back if it is slower; with `keep` only if it does not run."""
