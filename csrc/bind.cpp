@@ -6,8 +6,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
@@ -111,26 +113,54 @@ void convolve(uintptr_t x, int type, int64_t elements, const Sizes& sizes, uintp
   zs::run_patches(*made.kernel, made.call, patches, threads);
 }
 
-// The patches themselves, [tokens, k].
-void gather(uintptr_t x, int64_t size, const Sizes& sizes, uintptr_t dst) {
-  const zs::Patches patches = patches_of(sizes);
-  nb::gil_scoped_release release;
-  zs::gather(patches, bytes(x), size, 0, product(patches.out, patches.batch), reinterpret_cast<uint8_t*>(dst));
+// What DLPack calls a managed tensor: a block of the pool, and where its sizes lie.
+struct Output {
+  nb::dlpack::dltensor tensor;
+  zs::Block* block;
+  void (*deleter)(Output*);
+  std::vector<int64_t> shape, strides;
+};
+
+zs::Pool& pool() {
+  static auto* pool = new zs::Pool;  // outlives every tensor
+  return *pool;
 }
 
-// A block of the pool as a DLPack array of type `type`, which gives it back when it is gone.
-nb::ndarray<nb::device::cpu> output(const std::vector<int64_t>& shape, int type) {
+// A block of the pool as a DLPack capsule of type `type`. What gives it back needs no interpreter: a tensor may die in
+// any thread, and after Python has ended.
+nb::object output(std::vector<int64_t> shape, int type) {
   if (type < 1 || type > 3) throw std::invalid_argument("type out of range");
   int64_t nbytes = type == 1 ? 4 : 2;
   for (const int64_t size : shape)
     if (size < 0 || __builtin_mul_overflow(nbytes, size, &nbytes)) throw std::invalid_argument("shape out of range");
-  static auto* pool = new zs::Pool;  // outlives every tensor
-  zs::Block* block = pool->take(nbytes);
-  const nb::capsule owner(block, [](void* data) noexcept { pool->give(static_cast<zs::Block*>(data)); });
+  std::vector<int64_t> strides(shape.size());
+  for (int64_t i = static_cast<int64_t>(shape.size()) - 1, step = 1; i >= 0; step *= std::max<int64_t>(shape[i--], 1))
+    strides[i] = step;
+  auto made = std::make_unique<Output>();
+  made->shape = std::move(shape), made->strides = std::move(strides);
   const auto code = type == 2 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
-  const nb::dlpack::dtype dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(type == 1 ? 32 : 16), 1};
-  const std::vector<size_t> sizes(shape.begin(), shape.end());
-  return nb::ndarray<nb::device::cpu>(block->data, sizes.size(), sizes.data(), owner, nullptr, dtype);
+  made->tensor.device = {nb::device::cpu::value, 0};
+  made->tensor.ndim = static_cast<int32_t>(made->shape.size());
+  made->tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(type == 1 ? 32 : 16), 1};
+  made->tensor.shape = made->shape.data(), made->tensor.strides = made->strides.data();
+  made->deleter = [](Output* self) {
+    pool().give(self->block);
+    delete self;
+  };
+  made->block = pool().take(nbytes);
+  made->tensor.data = made->block->data;
+  Output* const raw = made.release();
+  PyObject* capsule = PyCapsule_New(raw, "dltensor", [](PyObject* self) {  // nobody took it: whoever does renames it
+    if (PyCapsule_IsValid(self, "dltensor")) {
+      auto* const left = static_cast<Output*>(PyCapsule_GetPointer(self, "dltensor"));
+      left->deleter(left);
+    }
+  });
+  if (!capsule) {
+    raw->deleter(raw);
+    nb::raise_python_error();
+  }
+  return nb::steal(capsule);
 }
 
 void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
@@ -199,7 +229,6 @@ NB_MODULE(_core, module) {
              nb::arg("blob"), nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"),
              nb::arg("threads"), nb::arg("kernel") = nb::none());
   module.def("output", &output, nb::arg("shape"), nb::arg("type"));
-  module.def("gather", &gather, nb::arg("x"), nb::arg("size"), nb::arg("sizes"), nb::arg("dst"));
   module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
   module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });
   module.def("kernels", &kernels, nb::arg("blob"), nb::arg("nbytes"));
