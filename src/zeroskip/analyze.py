@@ -21,6 +21,7 @@ from zeroskip.planning.machine import Machine, this_machine
 from zeroskip.planning.plan import SitePlan, plain
 from zeroskip.planning.planner import Planner, plannable, recorded_kinds
 from zeroskip.planning.shaped import examples_of
+from zeroskip.planning.sums import chosen_ms, dense_ms, site_bytes, standing_ms
 from zeroskip.planning.tokens import Tokens
 from zeroskip.quantize import LIMIT
 
@@ -116,7 +117,7 @@ def analyze(
     examples = examples_of(model, wanted, example_inputs)
     sites, notes = plannable(model, precision, examples)
     answer = Analysis(this_machine(), wanted, notes=notes)
-    working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
+    working_set = site_bytes(sites)
     planner = Planner(wanted, precision, working_set, budget_s)
     plain_sites = [site for site in sites if site.name not in examples]
     shapes = sorted({(*site.shape[1:], _values(site, precision)) for site in plain_sites})
@@ -132,7 +133,8 @@ def analyze(
         answer.break_even[f"{m}x{k} {values}"] = found
         if progress is not None:
             progress(done, steps, f"break-even of {m}x{k}")
-    answer.gains = {t: _gain(answer.sites, t) for t in wanted.counts} if answer.sites else {}
+    for t in wanted.counts if answer.sites else ():
+        answer.gains[t] = dense_ms(answer.sites, t) / chosen_ms(answer.sites, t)
     answer.advice = advise(answer)
     return answer
 
@@ -144,26 +146,22 @@ def advise(answer: Analysis) -> str:
         return "Do not bother: there is no linear layer here that could be packed."
     packed = [site for site in sites if site.is_packed and site.format != "dense"]
     pruned = [site for site in sites if site.pattern != "dense"]
-    best = max(answer.gains.values())
-    gains = ", ".join(f"{gain:.2f}x at {_tokens(t)}" for t, gain in answer.gains.items())
-    if packed and best >= PAYS:
-        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+    gains = _each(answer.gains)
+    before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
+    size = f"in {after / max(before, 1):.0%} of the bytes"
+    if packed and max(answer.gains.values()) >= PAYS:
         return (
             f"Compile it: {len(packed)} of {len(sites)} linear layers run faster sparse, all of them together {gains} "
-            f"against the fastest dense layers, in {after / before:.0%} of the bytes."
+            f"against the fastest dense layers, {size}."
         )
     integers = [site for site in sites if site.format == "dense" and site.values in LIMIT]
-    if integers and max(_over(sites, t) for t in answer.gains) >= PAYS:
-        before, after = sum(site.bytes_before for site in sites), sum(site.bytes_after for site in sites)
-        each = ", ".join(f"{_over(sites, t):.2f}x at {_tokens(t)}" for t in answer.gains)
-        idle = (
-            ", and their zeros gain nothing beyond that here"
-            if any(site.sparsity > BY_ROUNDING for site in sites)
-            else ""
-        )
+    over = {t: standing_ms(sites, t) / chosen_ms(sites, t) for t in answer.gains} if integers else {}
+    if integers and max(over.values()) >= PAYS:
+        zeros = any(site.sparsity > BY_ROUNDING for site in sites)
+        idle = ", and their zeros gain nothing beyond that here" if zeros else ""
         return (
             f"Compile it: {len(integers)} of {len(sites)} linear layers run faster as dense integers, all of them "
-            f"together {each} against the layers as they are, in {after / before:.0%} of the bytes{idle}."
+            f"together {_each(over)} against the layers as they are, {size}{idle}."
         )
     if not pruned:
         return f"There is nothing to gain yet, for no layer has zeros: prune it first; {_least(answer)}."
@@ -194,27 +192,6 @@ def _least(answer: Analysis) -> str:
     return "at every shape and token count, sparse beats the best dense with " + " or ".join(parts)
 
 
-def _gain(sites: list[SitePlan], tokens: int) -> float:
-    """Return the time of the fastest dense candidates over that of the layouts chosen, summed over the sites."""
-    dense = chosen = 0.0
-    for site in sites:
-        speedups = site.speedups[site.label]
-        count = tokens if tokens in speedups else next(iter(speedups))  # a convolution has one size only
-        chosen += site.time_ms(site.label, count)
-        dense += site.time_ms(site.label, count) * speedups[count]
-    return dense / chosen
-
-
-def _over(sites: list[SitePlan], tokens: int) -> float:
-    """Return the time of the layers as they stand over that of the layouts chosen, summed over the sites."""
-    stands = chosen = 0.0
-    for site in sites:
-        count = tokens if tokens in site.speedups[site.label] else next(iter(site.speedups[site.label]))
-        stands += site.time_ms(f"linear {site.dtype}", count)
-        chosen += site.time_ms(site.label, count)
-    return stands / chosen
-
-
 def _values(site: Site, precision: str | None) -> str:
     """The storage for which break-even is measured: the narrowest that is allowed."""
     weight = weights_of(site)[0]
@@ -222,8 +199,8 @@ def _values(site: Site, precision: str | None) -> str:
     return max(allowed, key=PRECISIONS.index, default="fp32")
 
 
-def _tokens(count: int) -> str:
-    return f"{count} token" + "s" * (count > 1)
+def _each(gains: Mapping[int, float]) -> str:
+    return ", ".join(f"{gain:.2f}x at {t} token{'s' * (t > 1)}" for t, gain in gains.items())
 
 
 def _load(path: object) -> nn.Module:

@@ -18,8 +18,9 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.model import unwrapped
 from zeroskip.planning.install import compiled_layers
 from zeroskip.planning.machine import Machine, this_machine
-from zeroskip.planning.plan import SitePlan, plain
+from zeroskip.planning.plan import plain
 from zeroskip.planning.planner import Planner, plannable
+from zeroskip.planning.sums import chosen_ms, site_bytes, standing_ms
 from zeroskip.planning.tables import build_table, table_plan, tables
 from zeroskip.planning.tokens import Tokens
 from zeroskip.prune import prune, recipes
@@ -190,8 +191,7 @@ def _compared(
                 prune(network, recipe=step)
         sites, notes = plannable(network, None)
         answer.notes += notes
-        working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
-        planner = Planner(answer.tokens, None, working_set, budget_s)
+        planner = Planner(answer.tokens, None, site_bytes(sites), budget_s)
         plans = [planner.plan(site, answer.notes) for site in sites]
         rounded = [
             (site, build_table(table_plan(site, values), site).weight.nbytes) for site, values in tables(network, None)
@@ -205,14 +205,9 @@ def _compared(
     found.nbytes = sum(others.values()) + sum(plan.bytes_after for plan in plans) + sum(size for _, size in rounded)
     found.layouts = dict(Counter(plan.label for plan in plans))
     for count in answer.tokens.counts if plans else ():
-        found.ms[count] = sum(plan.time_ms(plan.label, count) for plan in plans)
-        found.gains[count] = sum(plan.time_ms(_own(plan), count) for plan in plans) / found.ms[count]
+        found.ms[count] = chosen_ms(plans, count)
+        found.gains[count] = standing_ms(plans, count) / found.ms[count]
     return found
-
-
-def _own(plan: SitePlan) -> str:
-    """The layout of a layer as it stands."""
-    return f"linear {plan.dtype}"
 
 
 def advise(answer: Comparison) -> tuple[str | None, str]:

@@ -38,6 +38,7 @@ from zeroskip.planning.planner import Planner, check_weights, left_to_torch, pla
 from zeroskip.planning.recurrent import settle
 from zeroskip.planning.shaped import Example, examples_of
 from zeroskip.planning.siblings import join
+from zeroskip.planning.sums import site_bytes
 from zeroskip.planning.tables import table_plan, tables
 from zeroskip.planning.tokens import Tokens
 from zeroskip.planning.verdict import Verdict
@@ -152,7 +153,7 @@ def _run(
     progress: Progress | None,
 ) -> None:
     """Measure, choose and install site by site, then let the whole model decide; any failure puts everything back."""
-    working_set = sum(site.weight().numel() * site.weight().element_size() for site in sites)
+    working_set = site_bytes(sites)
     planner = Planner(plan.tokens, plan.precision, working_set, budget_s, plan.batch_invariant)
     verdict.before(working_set)
     try:
