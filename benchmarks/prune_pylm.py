@@ -3,9 +3,10 @@
     python benchmarks/prune_pylm.py DATA/pylm15m --methods wanda+ls admm --cells 50 2:4 --json out.json --markdown
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
-again. "permute:METHOD" permutes channels first; "default" is what `prune` takes where no method is named; --recipes
-measures recipes instead. Perplexity as the data's README defines it: windows of 256 tokens, the first of a window not
-scored, fp32. Calibration: the first 64 windows of 256 tokens of the calibration text.
+again. "permute:METHOD" permutes channels first; "default" stands for the method that `prune` takes for the pattern
+where none is named, and becomes its name in table and file; --recipes measures recipes instead. Perplexity as the
+data's README defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64
+windows of 256 tokens of the calibration text.
 Seconds are those of the processor, so that they hold on a machine that does other things too.
 """
 
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 from zeroskip.calibrate import strings_of, token_stream
+from zeroskip.prune import Pattern
+from zeroskip.prune.recipe import default_method
 from zeroskip.quality.perplexity import perplexity, windows
 
 CELLS = {
@@ -64,8 +67,7 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     else:
         pattern, sparsity = CELLS[which]
         asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
-        name = method.removeprefix("permute:")
-        report = zeroskip.prune(model, None if name == "default" else name, **asked, calibration=batches)
+        report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
     seconds = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
@@ -76,6 +78,11 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
         "over_model_mb": (peak - before) // 1024,
         "sparsity": report.sparsity,
     }
+
+
+def named(method: str, which: str) -> str:
+    """The method that "default" stands for; any other name as it is."""
+    return default_method(Pattern.parse(CELLS[which][0])) if method == "default" else method
 
 
 def _child(pipe: Any, *arguments: Any) -> None:
@@ -129,8 +136,8 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the table when all is done")
     arguments = parser.parse_args()
     results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    cells = [f"{method} {which}" for which in arguments.cells for method in arguments.methods]
-    for key in ["dense", *([f"recipe {name}" for name in arguments.recipes] or cells)]:
+    cells = [f"{named(method, which)} {which}" for which in arguments.cells for method in arguments.methods]
+    for key in ["dense", *([f"recipe {name}" for name in arguments.recipes] or dict.fromkeys(cells))]:
         if key in results:
             continue
         method, _, which = key.partition(" ")

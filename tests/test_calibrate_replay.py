@@ -1,13 +1,16 @@
 """Replay: the model, taken block by block, is the model."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import MODELS, batches, bert, llama, t5, tokens
 from torch import nn
 
-from zeroskip.calibrate import Replay, find_blocks, read_batches
+from zeroskip.calibrate import Replay, collect, find_blocks, first_tensor, read_batches, sites_of
 from zeroskip.calibrate.replay import digest
 from zeroskip.errors import ZeroskipError
+from zeroskip.model import find_sites
 
 
 def replay_of(model, given):
@@ -178,3 +181,42 @@ def test_bad_batches_get_one_line(given, message):
     else:
         with pytest.raises(ZeroskipError, match=message):
             read_batches(llama(), given)
+
+
+def test_half_precision_blocks_are_seen_in_fp32_and_stay_as_they_are():
+    """The first block of a bf16 model gets the statistics of its fp32 twin; no number moves, not even in memory."""
+    model, given = llama(torch.bfloat16), batches("llama", 2)
+    places = {name: (value.dtype, value.data_ptr()) for name, value in model.state_dict().items()}
+    seen = {}
+    for each in (model, copy.deepcopy(model).float()):
+        replay = replay_of(each, given)
+        sites = sites_of(replay.order[0], find_sites(each))
+        seen[each] = collect(replay, replay.order[0], sites, {site.name: ("gram",) for site in sites})
+        replay.advance(replay.order[0])
+        args, kwargs = replay.call_of(replay.order[1], 0)
+        assert first_tensor((args, kwargs)).dtype == each.dtype
+    half, full = seen.values()
+    for name, (count, stats) in full.items():
+        assert half[name][0] == count
+        change = (half[name][1]["gram"] - stats["gram"]).norm() / stats["gram"].norm()
+        assert change == 0 if "q_proj" in name else change < 1e-3  # the angles of positions are glue, and in bf16
+    assert places == {name: (value.dtype, value.data_ptr()) for name, value in model.state_dict().items()}
+
+
+class Insists(nn.Module):
+    """Names the type that it is stored in."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.fc(x.to(torch.bfloat16))
+
+
+def test_a_model_that_insists_on_its_type_runs_in_it():
+    model = nn.Sequential(Insists(), Insists())
+    given = [torch.randn(4, 8)]
+    replay = replay_of(model, given)
+    assert not replay.wide.on
+    assert torch.equal(replay.logits(replay.batches[0]), model(given[0]))

@@ -1,6 +1,7 @@
 """GPTQ, alone and joint with SparseGPT: zeros stay, codes come back, errors go down."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -159,3 +160,31 @@ def test_descent_needs_integers():
     with pytest.raises(ZeroskipError, match="'cd' moves integers, and 'wanda' makes none"):
         Composition.parse("wanda+cd")
     assert "gptq+cd" in methods() and "wanda+cd" not in methods()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "sparsegpt+gptq", "admm+gptq", "obs", "alps", "fista", "wanda+ls"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_inputs_too_far_apart_are_refused_or_counts_are_exact(method, pattern):
+    """Sizes of inputs up to 1e34 apart: exact counts and finite weights, or one line that says why not."""
+    w, x = layer(0, columns=64, tokens=200)
+    for apart in (30, 34):
+        sizes = (
+            10.0
+            ** torch.linspace(-apart / 2, apart / 2, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+        )
+        try:
+            found = run(method, w, x * sizes, pattern)
+        except ZeroskipError as error:
+            assert re.fullmatch(
+                r"layer: the solve leaves the range of fp32.*factor of \de\+\d\d: .*'wanda'", str(error)
+            )
+        else:
+            assert int((~found.keep).sum()) == w.numel() // 2
+            assert torch.isfinite(found.weight).all()
+
+
+def test_a_sweep_that_overflows_is_refused():
+    w, x = layer(0, columns=64, tokens=200)
+    sizes = 10.0 ** torch.linspace(-12, 18, 64)
+    with pytest.raises(ZeroskipError, match="the solve leaves the range of fp32"):
+        run("sparsegpt+gptq", w, x * sizes, "2:4")

@@ -44,6 +44,7 @@ def collect(
         alike.setdefault(tuple(needs[site.name]), []).append(site)
     try:
         with ExitStack() as stack:
+            stack.enter_context(replay.wide.hold(block.module))
             collectors = [Collector(those, names, visible, share) for names, those in alike.items()]
             for collector in collectors:
                 stack.callback(collector.close)

@@ -1,14 +1,18 @@
-"""A module that works in fp32 for a while, whatever its numbers are stored in."""
+"""Modules that work in fp32 for a while, whatever their numbers are stored in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["in_fp32", "to_fp32"]
+__all__ = ["Wide", "in_fp32", "to_fp32"]
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -29,6 +33,51 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
             tensor.requires_grad_(grad)
 
 
+class Wide:
+    """Modules that show their half-precision numbers in fp32 while they run, on the CPU, where half ones are slow.
+
+    The stored numbers are not touched: mapped from a file, they stay mapped. Nothing may write to a module meanwhile.
+
+    Parameters
+    ----------
+    on : bool
+        False for models that only run in the type they are stored in.
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        self.on = on
+        self.held: dict[nn.Module, torch.dtype] = {}
+
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Keep a module in fp32 for several calls."""
+        numbers = [*module.parameters(), *module.buffers()] if self.on and module not in self.held else []
+        half = [each for each in numbers if each.dtype in HALF and each.is_cpu]
+        stored = [each.data for each in half]
+        try:
+            for each in half:
+                each.data = each.data.float()
+                self.held[module] = stored[0].dtype
+            yield
+        finally:
+            for each, data in zip(half, stored, strict=True):
+                each.data = data
+                self.held.pop(module, None)
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's forward; what it returns is rounded to the type that its first half-precision number has."""
+        with self.hold(module):
+            stored = self.held.get(module)
+            if stored is None:
+                return forward(*args, **kwargs)
+            args, kwargs = tree_map(to_fp32, (args, kwargs))
+            return tree_map(lambda leaf: _rounded(leaf, stored), forward(*args, **kwargs))
+
+
 def to_fp32(leaf: Any) -> Any:
     """Return a floating-point tensor in fp32, anything else as it is."""
     return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _rounded(leaf: Any, to: torch.dtype) -> Any:
+    return leaf.to(to) if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf

@@ -5,6 +5,9 @@ replaced by what they returned last time; so embeddings, masks, position tables,
 own arguments are always the model's, and nothing but the blocks' outputs is stored. As soon as the call that was
 wanted is done, an exception leaves the forward.
 
+On the CPU, where half precision is slow or missing, blocks stored in it run in fp32, one at a time; what they return
+is rounded to the type of their numbers, so that the glue sees what it expects.
+
 Of outputs that later blocks do not read, only the shape is kept (filled with NaN). Whether that holds is checked:
 `Replay` runs the first batch plainly and through the replay, and compares every block's inputs bit by bit; where they
 differ (skip connections across blocks) all outputs are kept.
@@ -25,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from zeroskip.calibrate.data import Batch
 from zeroskip.calibrate.digest import digest
+from zeroskip.calibrate.fp32 import Wide
 from zeroskip.calibrate.record import Block, Record, Trace, copied
 from zeroskip.errors import ZeroskipError, first_line
 
@@ -63,7 +67,12 @@ class Replay:
         self.done: set[Block] = set()
         self.records = [Record() for _ in batches]
         self.arguments: dict[str, Any] = {}
-        self.trace = self._plain(batches[0])
+        self.wide = Wide()
+        try:
+            self.trace = self._plain(batches[0])
+        except ZeroskipError:  # perhaps a block whose code names the type it is stored in
+            self.wide = Wide(on=False)
+            self.trace = self._plain(batches[0])
         self.order = list(dict.fromkeys(self.trace.blocks))
         if self.order and not self._replays(batches[0]):
             log.info("a block reads the output of a far earlier one: all outputs are kept")
@@ -100,8 +109,9 @@ class Replay:
         if all(each in self.done for each in self.order):
             self.records = [Record() for _ in self.batches]
             return
-        for index, batch in enumerate(self.batches):
-            self.records[index] = self._advanced(batch, self.records[index])
+        with self.wide.hold(block.module):
+            for index, batch in enumerate(self.batches):
+                self.records[index] = self._advanced(batch, self.records[index])
 
     def passed(self, batch: Batch, record: Record, block: Block) -> Record:
         """Return a record of one's own, started where `record` ends, taken through `block` as it is now."""
@@ -225,7 +235,7 @@ class Replay:
                     before(call, block, args, kwargs)
                 with contextlib.suppress(TypeError):
                     self.arguments = dict(names.bind_partial(*args, **kwargs).arguments)
-                output = forward(*args, **kwargs)
+                output = self.wide.call(block.module, forward, args, kwargs)
                 if after is not None:
                     after(call, block, output)
                 return output

@@ -53,11 +53,12 @@ class Teacher:
     def learn(self, block: Block) -> None:
         """Take every batch through `block`, which is still dense, and keep what it returns."""
         self.targets = []
-        for index, batch in enumerate(self.replay.batches):
-            record = self.replay.passed(batch, self.records[index], block)
-            mine = [output for each, output in zip(record.blocks, record.outputs, strict=True) if each is block]
-            self.targets.append(first_tensor(mine[0]) if len(mine) == 1 else None)
-            self.records[index] = record
+        with self.replay.wide.hold(block.module):
+            for index, batch in enumerate(self.replay.batches):
+                record = self.replay.passed(batch, self.records[index], block)
+                mine = [output for each, output in zip(record.blocks, record.outputs, strict=True) if each is block]
+                self.targets.append(first_tensor(mine[0]) if len(mine) == 1 else None)
+                self.records[index] = record
 
     def lesson(self, block: Block, index: int) -> Lesson | None:
         """Return the lesson of one batch; None where the block is not called exactly once."""

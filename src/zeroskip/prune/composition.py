@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zeroskip.calibrate import Stat
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.prune.base import BlockSolver, Method, Problem, Solution, Solver
+from zeroskip.prune.numerics import in_range
 
 __all__ = ["Composition", "methods"]
 
@@ -84,4 +85,6 @@ class Composition:
             return first, first
         for solver in self.solvers:
             last = solver.refine(problem, last)
+        if "gram" in problem.stats:
+            in_range(last.weight, problem.stats["gram"], problem.name)
         return first, last

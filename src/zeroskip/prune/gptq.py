@@ -19,7 +19,7 @@ from torch import Tensor
 from zeroskip.prune.admm import Admm
 from zeroskip.prune.alps import Alps
 from zeroskip.prune.base import Integers, Method, Problem, Solution
-from zeroskip.prune.numerics import inverse_factor, unit_gram
+from zeroskip.prune.numerics import in_range, inverse_factor, unit_gram
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.scales import group_scales, spread
 from zeroskip.prune.sparsegpt import RIDGE, Rounding, in_one_sweep, sweep
@@ -102,8 +102,10 @@ def _rounded(problem: Problem, support: Pattern | Tensor) -> Solution:
     meant = (
         problem.weight if isinstance(support, Tensor) else sweep(weight, upper, support, problem.sparsity)[1] / scale
     )
+    in_range(meant, gram, problem.name)
     scales = group_scales(meant, gram.diagonal(), integers)
-    keep, weight, _ = sweep(weight, upper, support, problem.sparsity, rounding(scales, scale, integers))
+    keep, weight, loss = sweep(weight, upper, support, problem.sparsity, rounding(scales, scale, integers))
+    in_range(loss, gram, problem.name)  # codes would hide it
     codes = codes_of(weight / scale, scales, integers.values, integers.group_size)
     return Solution(keep, codes * spread(scales, integers, len(scale)), notes, scales)
 

@@ -7,11 +7,14 @@ Gram matrix G_ij / (n_i n_j), whose diagonal is one. A ridge then means the same
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["cholesky", "inverse", "inverse_factor", "precision", "relative_loss", "unit_gram"]
+from zeroskip.errors import ZeroskipError
+
+__all__ = ["cholesky", "in_range", "inverse", "inverse_factor", "precision", "relative_loss", "unit_gram"]
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,24 @@ def inverse_factor(matrix: Tensor, ridge: float, name: str) -> tuple[Tensor, lis
     factor, notes = cholesky(work.flip(0, 1), ridge, name)
     identity = torch.eye(len(work), dtype=work.dtype, device=work.device)
     return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).float(), notes
+
+
+def in_range(result: float | Tensor, gram: Tensor, name: str) -> None:
+    """Raise unless a solver's result is finite: with inputs of too different sizes, fp32 overflows on the way.
+
+    Raises
+    ------
+    ZeroskipError
+        It names the layer and how far the sizes of its inputs are apart.
+    """
+    if math.isfinite(result) if isinstance(result, float) else bool(torch.isfinite(result).all()):
+        return
+    sizes = gram.diagonal()[gram.diagonal() > 0].double().sqrt()
+    apart = float(sizes.max() / sizes.min()) if len(sizes) else 1.0
+    raise ZeroskipError(
+        f"{name}: the solve leaves the range of fp32, its inputs differ by a factor of {apart:.0e}: leave this layer "
+        "out or choose its zeros by 'wanda'"
+    )
 
 
 def relative_loss(change: Tensor, weight: Tensor, gram: Tensor) -> float:

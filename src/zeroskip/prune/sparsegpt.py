@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
-from zeroskip.prune.numerics import inverse_factor, unit_gram
+from zeroskip.prune.numerics import in_range, inverse_factor, unit_gram
 from zeroskip.prune.patterns import Block, Pattern, Split
 
 RIDGE = 0.01
@@ -42,7 +42,8 @@ class SparseGPT(Method):
     def run(self, problem: Problem) -> Solution:
         unit, scale = unit_gram(problem.stats["gram"])
         upper, notes = inverse_factor(unit, RIDGE, problem.name)
-        keep, weight, _ = sweep(problem.weight * scale, upper, problem.pattern, problem.sparsity)
+        keep, weight, loss = sweep(problem.weight * scale, upper, problem.pattern, problem.sparsity)
+        in_range(loss, problem.stats["gram"], problem.name)
         return Solution(keep, weight / scale, notes)
 
 
