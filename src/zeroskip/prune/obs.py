@@ -10,7 +10,7 @@ All strips of a slice go in step, each with its own H^-1. A removal needs one co
 rank-one updates wait until there are 16 of them, and one product of matrices makes them all: updating at each removal
 reads and writes 8 k^3 (1 - density^3) / 3 bytes a strip, this a sixteenth of it, and the same again for 64 rows of
 weights. The results are the same but for rounding. Columns that are gone are dropped from the arrays now and then.
-Slices hold at most 16 MB.
+Slices hold at most 16 MB; each is a thread's own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
 from zeroskip.prune.numerics import inverse, unit_gram
+from zeroskip.prune.threads import own_threads
 from zeroskip.prune.patterns import NM, Block, Pattern, Split
 
 RIDGE = 0.01
@@ -73,7 +74,8 @@ def _removed(
         steps, rest = divmod(round(len(strips) * k * sparsity), len(strips))
     each = max(1, SLICE_BYTES // (4 * k * k))
     parts = [_Strips(part, inverse, pattern, dense) for part in torch.split(strips, each)]
-    ends = [part.remove(steps, bool(rest)) for part in parts]
+    with own_threads() as run:
+        ends = list(run(lambda part: part.remove(steps, bool(rest)), parts))
     moved, kept = (torch.cat(tensors) for tensors in zip(*(end[:2] for end in ends), strict=True))
     if rest:  # the strips whose next column costs least lose one more
         further, fewer, cost = (torch.cat(tensors) for tensors in zip(*(end[2:] for end in ends), strict=True))
