@@ -20,8 +20,8 @@ from torch import Tensor
 
 from zeroskip.prune.base import Method, Problem, Solution
 from zeroskip.prune.numerics import inverse, unit_gram
-from zeroskip.prune.threads import own_threads
 from zeroskip.prune.patterns import NM, Block, Pattern, Split
+from zeroskip.prune.threads import own_threads
 
 RIDGE = 0.01
 SLICE_BYTES = 16 << 20

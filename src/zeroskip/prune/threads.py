@@ -1,7 +1,7 @@
 """Independent parts of a solve on a thread each, instead of every small operation on all threads.
 
-An operation on some ten thousand numbers takes less time than starting and joining torch's threads for it: column OBS of
-a 384 x 1536 matrix took 4 s on one thread and 10 s on two.
+An operation on some ten thousand numbers takes less time than starting and joining torch's threads for it: column
+OBS of a 384 x 1536 matrix took 4 s on one thread and 10 s on two.
 """
 
 from __future__ import annotations
