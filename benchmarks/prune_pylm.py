@@ -65,7 +65,7 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     if method == "recipe":
         report = zeroskip.prune(model, recipe=which, calibration=batches)
     else:
-        pattern, sparsity = CELLS[which]
+        pattern, sparsity = CELLS.get(which, (which, None))
         asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
         report = zeroskip.prune(model, method.removeprefix("permute:"), **asked, calibration=batches)
     seconds = time.process_time() - started
@@ -82,7 +82,7 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
 
 def named(method: str, which: str) -> str:
     """The method that "default" stands for; any other name as it is."""
-    return default_method(Pattern.parse(CELLS[which][0])) if method == "default" else method
+    return default_method(Pattern.parse(CELLS.get(which, (which,))[0])) if method == "default" else method
 
 
 def _child(pipe: Any, *arguments: Any) -> None:
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", nargs="+", default=[name for name in methods() if not name.startswith("gptq")])
     parser.add_argument("--recipes", nargs="+", default=[], help="names of recipes, instead of methods and cells")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), help=f"of {', '.join(CELLS)}; or patterns")
     parser.add_argument("--json", type=Path, default=Path("prune_pylm.json"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8, help="windows of one calibration batch; a step of +tune each")
