@@ -63,7 +63,7 @@ class Tune(BlockSolver):
 def _descend(block: Block, learning: list[nn.Parameter], lessons: Lessons, draw: torch.Generator) -> None:
     zeros = [(parameter, parameter == 0) for parameter in learning if parameter.dim() > 1]
     groups = [{"params": [parameter], "lr": 0.0, "full": _step(parameter)} for parameter in learning]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     order: list[int] = []
     while len(order) < max(STEPS, len(lessons)):
         order += torch.randperm(len(lessons), generator=draw).tolist()
