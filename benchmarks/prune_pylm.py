@@ -117,7 +117,7 @@ def markdown(results: dict[str, dict[str, float]], dense: float) -> str:
         figures = [f"{r['perplexity']:.2f}" if "perplexity" in r else "-" if "refused" in r else "" for r in row]
         seconds = [r["seconds"] for r in row if "seconds" in r]
         memory = [r["peak_mb"] for r in row if "peak_mb" in r]
-        spread = f"{min(seconds):.0f}-{max(seconds):.0f}" if seconds else ""
+        spread = "-".join(dict.fromkeys(f"{each:.0f}" for each in (min(seconds), max(seconds)))) if seconds else ""
         lines.append(f"| `{name}` | " + " | ".join(figures) + f" | {spread} | {max(memory, default=0):.0f} |")
     return "\n".join([f"Dense: {dense:.2f}.", "", *lines])
 
