@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from convert_files import directory, marlin, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_convert import directory, marlin, words
 
 from zeroskip.convert import convert
 from zeroskip.errors import ZeroskipError

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from cli_models import cli
+from convert_files import bits_alike, converted, directory
 from safetensors.torch import load_file, save_file
-from test_convert import bits_alike, converted, directory
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
