@@ -7,15 +7,18 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 
+#include "attention/attention.h"
 #include "blob.h"
 #include "handles.h"
 #include "isa.h"
+#include "norm/norm.h"
 #include "patches.h"
 #include "pool.h"
 #include "roofline/roofline.h"
@@ -163,6 +166,41 @@ nb::object output(std::vector<int64_t> shape, int type) {
   return nb::steal(capsule);
 }
 
+// Sizes: batch, heads, groups, tokens, depth, width; then the strides of zs::Attention in its order.
+void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t y, int type, float scale,
+            const Sizes& sizes, int threads) {
+  constexpr size_t kSizes = 15;
+  zs::Attention a{};
+  static_assert(offsetof(zs::Attention, mask_batch) - offsetof(zs::Attention, batch) == (kSizes - 1) * sizeof(int64_t));
+  if (sizes.size() != kSizes || type < 1 || type > 3 || threads < 1)
+    throw std::invalid_argument("sizes, type or thread count out of range");
+  a.q = bytes(q), a.k = bytes(k), a.v = bytes(v), a.mask = bytes(mask), a.y = reinterpret_cast<void*>(y);
+  a.type = static_cast<zs::Type>(type), a.scale = scale;
+  std::memcpy(&a.batch, sizes.data(), kSizes * sizeof(int64_t));
+  if (a.batch < 0 || a.groups < 1 || a.heads < 1 || a.heads % a.groups || a.tokens < 1 || a.depth < 1 || a.width < 1)
+    throw std::invalid_argument("attention of " + std::to_string(a.heads) + " heads over " + std::to_string(a.groups) +
+                                " of keys, " + std::to_string(a.tokens) + " tokens");
+  nb::gil_scoped_release release;
+  zs::attend(a, threads);
+}
+
+void normalise(uintptr_t x, uintptr_t weight, uintptr_t y, int type, int weights, int64_t rows, int64_t width,
+               float eps, float offset, int threads) {
+  if (type < 1 || type > 3 || (weights != 1 && weights != type) || rows < 0 || width < 1 || threads < 1)
+    throw std::invalid_argument("types, sizes or thread count out of range");
+  const zs::Norm norm{bytes(x),
+                      bytes(weight),
+                      reinterpret_cast<void*>(y),
+                      static_cast<zs::Type>(type),
+                      static_cast<zs::Type>(weights),
+                      rows,
+                      width,
+                      eps,
+                      offset};
+  nb::gil_scoped_release release;
+  zs::normalise(norm, threads);
+}
+
 void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
 
 Names kernels(uintptr_t blob, uint64_t nbytes) {
@@ -229,6 +267,11 @@ NB_MODULE(_core, module) {
              nb::arg("blob"), nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"),
              nb::arg("threads"), nb::arg("kernel") = nb::none());
   module.def("output", &output, nb::arg("shape"), nb::arg("type"));
+  module.def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("mask"), nb::arg("y"),
+             nb::arg("type"), nb::arg("scale"), nb::arg("sizes"), nb::arg("threads"));
+  module.def("normalise", &normalise, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("type"),
+             nb::arg("weights"), nb::arg("rows"), nb::arg("width"), nb::arg("eps"), nb::arg("offset"),
+             nb::arg("threads"));
   module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
   module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });
   module.def("kernels", &kernels, nb::arg("blob"), nb::arg("nbytes"));

@@ -26,12 +26,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
+from zeroskip.hf_attention import attach_attention, detach_attention
 from zeroskip.hf_cache import attach_cache
 from zeroskip.io import meta
 from zeroskip.io.load import check_sites, read_files
 from zeroskip.io.sites import swap
 from zeroskip.io.tensors import dtype_name, identity, tensors_of
 from zeroskip.io.verify import verify
+from zeroskip.norm_layers import attach_norms, detach_norms
 from zeroskip.planning.install import compiled_layers
 
 __all__ = ["METHOD", "ZeroskipConfig", "ZeroskipQuantizer", "attach", "is_ignored", "ties_of", "untie"]
@@ -184,7 +186,8 @@ def attach(model: Any) -> None:
 
     Sets `config.quantization_config`, so that a foreign ``save_pretrained`` writes a directory that loads; unties
     what was packed, so that ``tie_weights()`` cannot put a dense embedding back; refuses to resize a packed table;
-    keeps keys and values where a decode step need not copy them. A model without compiled layers loses the section.
+    keeps keys and values where a decode step need not copy them, and computes attention and norms there in a call
+    each. A model without compiled layers loses all that, and the section.
 
     Parameters
     ----------
@@ -193,10 +196,14 @@ def attach(model: Any) -> None:
     """
     layers = dict(compiled_layers(model))
     if not layers:
+        detach_attention(model)
+        detach_norms(model)
         if isinstance(getattr(model.config, "quantization_config", None), ZeroskipConfig):
             del model.config.quantization_config
         return
     attach_cache(model)
+    attach_attention(model)
+    attach_norms(model)
     info = meta.describe(model)
     ties, broken = ties_of(model)
     if broken:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zeroskip import ops
+from zeroskip import decode_ops, ops
 from zeroskip.bench.llm_models import generate
 from zeroskip.bench.llm_steps import StepProfile
 
@@ -48,19 +48,22 @@ class _Clock:
 @contextmanager
 def _watched(clock: _Clock) -> Iterator[None]:
     """Time the products and attention inside."""
-    ours: Any = ops
-    core, functional = ours._core, torch.nn.functional
+    ours: Any = (ops, decode_ops)
+    core, functional = ours[0]._core, torch.nn.functional
     linear, attention = functional.linear, functional.scaled_dot_product_attention
     names = {name: getattr(core, name) for name in dir(core) if not name.startswith("__")}
-    timed: Any = SimpleNamespace(**names | {"linear": clock.around(core.linear, "kernels")})
+    names |= {"linear": clock.around(core.linear, "kernels"), "attend": clock.around(core.attend, "attention")}
+    timed: Any = SimpleNamespace(**names)
     changed: Any = functional
     try:
-        ours._core = timed
+        for module in ours:
+            module._core = timed
         changed.linear = clock.around(linear, "kernels")
         changed.scaled_dot_product_attention = clock.around(attention, "attention")
         yield
     finally:
-        ours._core = core
+        for module in ours:
+            module._core = core
         changed.linear, changed.scaled_dot_product_attention = linear, attention
 
 

@@ -10,8 +10,8 @@ from zeroskip.planning.report import table
 __all__ = ["PROFILE_LEGEND", "StepProfile", "profile_table"]
 
 PROFILE_LEGEND = (
-    "step: one decode step of one sequence, median; kernels: all products, ours and torch's; attention: torch's "
-    "scaled_dot_product_attention; x: step over kernels and attention",
+    "step: one decode step of one sequence, median; kernels: all products, ours and torch's; attention: ours, and "
+    "torch's scaled_dot_product_attention; x: step over kernels and attention",
     "generate: a token of `generate`, choosing it included; x over the same kernels and attention",
     "compiled: the same model under torch.compile with a static cache; x over the same kernels and attention",
 )
