@@ -11,6 +11,7 @@ from zeroskip.dense_layers import DenseLinear, OneDnnLinear, onednn_problem
 from zeroskip.formats import pack
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.norm_layers import attach_norms
 from zeroskip.planning.install import put_in, weights_of
 
 
@@ -80,6 +81,7 @@ def pack_sites(model: nn.Module, head: str | None = None, kinds: tuple[str, ...]
             values = "bf16" if index % 3 == 0 else "fp32"
             layer = PackedLinear.from_packed(pack(make_sparse(weight), kind, values), bias)
         put_in(model, site.module, layer.eval())
+    attach_norms(model)  # as loading does: the bits before are then those after
     return model
 
 

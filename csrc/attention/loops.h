@@ -19,6 +19,15 @@ struct Rows {
   const uint8_t* at(int64_t row, int64_t size) const { return data + row * stride * size; }
 };
 
+// GCC 12 warns of its own cast to half a register where simd::sum is inlined here.
+inline float total(f32 v) {
+  if constexpr (kLanes <= 8) return simd::sum(v);
+  alignas(64) float lanes[kLanes], four[4] = {};
+  simd::store(lanes, v);
+  for (int64_t i = 0; i < kLanes; ++i) four[i % 4] += lanes[i];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
 constexpr int64_t size_of(zs::Type type) { return type == zs::Type::fp32 ? 4 : 2; }
 
 template <zs::Type T>
@@ -52,7 +61,7 @@ inline void dot(const Rows& keys, int64_t t, const float* queries, float* scores
     add(d, key);
   }
   for (int h = 0; h < H; ++h)
-    for (int n = 0; n < N; ++n) scores[h * row + t + n] = simd::sum(sums[h][n]);
+    for (int n = 0; n < N; ++n) scores[h * row + t + n] = total(sums[h][n]);
 }
 
 template <zs::Type T, int H>
@@ -83,7 +92,7 @@ float weigh(float* scores, int64_t tokens, const uint8_t* mask) {
       if (!mask[t]) scores[t] = 0;
   f32 sum = simd::zero();
   for (int64_t t = 0; t < end; t += kLanes) sum = simd::add(sum, simd::load(scores + t));
-  const float all = simd::sum(sum);
+  const float all = total(sum);
   return all == 0 ? 0 : 1 / all;
 }
 

@@ -17,6 +17,7 @@ from zeroskip.quantize import LIMIT, absmax_scales, codes_of
 __all__ = ["group_scales", "refit_scales", "spread"]
 
 RIDGE = 0.01
+CACHED = 1 << 17  # weights whose rows are tried together: larger intermediates are pages that the system clears anew
 CLIPS = tuple(1 - 0.05 * step for step in range(9))  # fractions of the largest weight that is still exact
 
 
@@ -38,6 +39,11 @@ def group_scales(weight: Tensor, energy: Tensor, integers: Integers) -> Tensor:
     """
     largest = float(weight.abs().max()) / LIMIT[integers.values]
     dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.float32
+    parts = weight.split(max(1, CACHED // max(1, weight.shape[1])))
+    return torch.cat([_best_scales(part, energy, integers, dtype) for part in parts])
+
+
+def _best_scales(weight: Tensor, energy: Tensor, integers: Integers, dtype: torch.dtype) -> Tensor:
     full = absmax_scales(weight, integers.values, integers.group_size, dtype)
     best, least = full, torch.full_like(full, torch.inf, dtype=torch.float32)
     for clip in CLIPS:
