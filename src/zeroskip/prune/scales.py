@@ -39,7 +39,7 @@ def group_scales(weight: Tensor, energy: Tensor, integers: Integers) -> Tensor:
     """
     largest = float(weight.abs().max()) / LIMIT[integers.values]
     dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.float32
-    parts = weight.split(max(1, CACHED // max(1, weight.shape[1])))
+    parts = torch.split(weight, max(1, CACHED // max(1, weight.shape[1])))
     return torch.cat([_best_scales(part, energy, integers, dtype) for part in parts])
 
 
