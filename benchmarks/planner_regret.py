@@ -35,6 +35,7 @@ from zeroskip.planning.machine import this_machine
 from zeroskip.planning.measure import CACHE_BYTES, Measured, bound, measure, runner_name
 from zeroskip.planning.report import table
 from zeroskip.planning.tokens import Tokens
+from zeroskip.prune.patterns import Pattern
 
 SIDES = (256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -61,8 +62,7 @@ def draw(rng: random.Random, gflop: float) -> tuple[Case, int]:
         zeros = Zeros("unstructured", round(rng.uniform(0.4, 0.97), 2))
     else:
         pattern = rng.choice(PATTERNS)
-        kept, of = map(int, pattern.partition("@")[0].split(":"))
-        zeros = Zeros(pattern, 1 - kept / of)
+        zeros = Zeros(pattern, Pattern.parse(pattern).sparsity or 0.0)
     return Case("random", m, k, zeros, 1 << 26), tokens
 
 

@@ -16,7 +16,7 @@ Scope = Literal["row", "tensor", "columns"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern of zeros. Subclassing registers a kind, which reads its own names.
+    """A pattern of zeros. Subclassing registers a kind, which reads its own names; with ``named=False`` it has none.
 
     Attributes
     ----------
@@ -33,8 +33,9 @@ class Pattern:
 
     name: str
 
-    def __init_subclass__(cls) -> None:
-        Pattern.known.append(cls)
+    def __init_subclass__(cls, named: bool = True) -> None:
+        if named:
+            Pattern.known.append(cls)
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:

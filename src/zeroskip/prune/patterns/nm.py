@@ -12,45 +12,29 @@ from zeroskip.errors import ZeroskipError
 from zeroskip.prune.patterns.base import Pattern, Scope, multiple_of
 from zeroskip.prune.patterns.lowest import lowest
 
-__all__ = ["NM", "kept_of"]
+__all__ = ["NM", "PAIR", "Kept"]
+
+PAIR = "([0-9]+):([0-9]+)"  # N:M in a name
 
 
 @dataclass(frozen=True)
-class NM(Pattern):
-    """`kept` of every `of` consecutive inputs; the choice is shared by `strip` rows, the last strip may be short."""
-
-    examples = ("2:4", "8:16@64")
+class Kept(Pattern, named=False):
+    """`kept` of every `of` consecutive inputs, whatever else a kind asks."""
 
     kept: int
     of: int
-    strip: int
 
-    @classmethod
-    def read(cls, text: str) -> Pattern | None:
-        if found := re.fullmatch(r"([0-9]+):([0-9]+)(?:@([0-9]+))?", text):
-            kept, of, strip = *kept_of(text, found[1], found[2]), int(found[3] or 1)
-            if strip < 1:
-                raise ZeroskipError(f"pattern {text!r}: a strip has at least one row")
-            return NM(text, kept, of, strip)
-        if found := re.fullmatch(r"([0-9]+):([0-9]+):([0-9]+)", text):
-            v, n, m = found.groups()
-            raise ZeroskipError(
-                f"pattern {text!r} (V:N:M) is not served: write {f'{n}:{m}@{v}'!r}, N of every M inputs kept, "
-                "the choice shared by strips of V rows"
-            )
-        return None
+    @staticmethod
+    def pair(text: str, n: str, m: str) -> tuple[int, int]:
+        """Return N and M of the name `text`, which must make a pattern."""
+        kept, of = int(n), int(m)
+        if not 1 <= kept < of:
+            raise ZeroskipError(f"pattern {text!r}: N:M keeps N of every M inputs, so 1 <= N < M")
+        return kept, of
 
     @property
     def sparsity(self) -> float:
         return 1 - self.kept / self.of
-
-    @property
-    def rows(self) -> int:
-        return self.strip
-
-    @property
-    def permutes(self) -> bool:
-        return True
 
     @property
     def together(self) -> int:
@@ -59,6 +43,38 @@ class NM(Pattern):
     @property
     def steps(self) -> int:
         return self.of
+
+
+@dataclass(frozen=True)
+class NM(Kept):
+    """The choice is shared by `strip` rows, the last strip may be short."""
+
+    examples = ("2:4", "8:16@64")
+
+    strip: int
+
+    @classmethod
+    def read(cls, text: str) -> Pattern | None:
+        if found := re.fullmatch(rf"{PAIR}(?:@([0-9]+))?", text):
+            kept, of, strip = *Kept.pair(text, found[1], found[2]), int(found[3] or 1)
+            if strip < 1:
+                raise ZeroskipError(f"pattern {text!r}: a strip has at least one row")
+            return NM(text, kept, of, strip)
+        if found := re.fullmatch(rf"([0-9]+):{PAIR}", text):
+            v, n, m = found.groups()
+            raise ZeroskipError(
+                f"pattern {text!r} (V:N:M) is not served: write {f'{n}:{m}@{v}'!r}, N of every M inputs kept, "
+                "the choice shared by strips of V rows"
+            )
+        return None
+
+    @property
+    def rows(self) -> int:
+        return self.strip
+
+    @property
+    def permutes(self) -> bool:
+        return True
 
     def with_kept(self, kept: int) -> NM:
         name = f"{kept}:{self.of}" + (f"@{self.strip}" if "@" in self.name else "")
@@ -76,11 +92,3 @@ class NM(Pattern):
             summed = score.new_zeros(strips, columns).index_add_(0, which, score)
         dropped = lowest(summed.reshape(-1, self.of), self.of - self.kept).view(strips, columns)
         return ~dropped[which]
-
-
-def kept_of(text: str, n: str, m: str) -> tuple[int, int]:
-    """Return N and M, which must make a pattern."""
-    kept, of = int(n), int(m)
-    if not 1 <= kept < of:
-        raise ZeroskipError(f"pattern {text!r}: N:M keeps N of every M inputs, so 1 <= N < M")
-    return kept, of

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.prune.patterns.base import Pattern, Scope, multiple_of
-from zeroskip.prune.patterns.nm import kept_of
+from zeroskip.prune.patterns.nm import PAIR, Kept
 
 __all__ = ["Transposable", "best_regular"]
 
@@ -31,7 +31,7 @@ GAIN = 1e-6  # a cycle counts, for each of its rows, as a part of the block's la
 
 
 @dataclass(frozen=True)
-class Transposable(Pattern):
+class Transposable(Kept):
     """`kept` of every `of` along rows and along columns.
 
     Source: Hubara et al. 2021 (arXiv 2102.08124) pose it as a flow and solve it within a factor of two; here exactly.
@@ -39,32 +39,17 @@ class Transposable(Pattern):
 
     examples = ("2:4t",)
 
-    kept: int
-    of: int
-
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        found = re.fullmatch(r"([0-9]+):([0-9]+)t(@[0-9]+)?", text)
+        found = re.fullmatch(rf"{PAIR}t(@[0-9]+)?", text)
         if found is None:
             return None
-        kept, of = kept_of(text, found[1], found[2])
+        kept, of = Kept.pair(text, found[1], found[2])
         if found[3]:
             raise ZeroskipError(f"pattern {text!r}: a strip has equal rows, which are not transposable: leave one out")
         if of > LARGEST:
             raise ZeroskipError(f"pattern {text!r}: transposable N:M goes up to M = {LARGEST}")
         return Transposable(text, kept, of)
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.kept / self.of
-
-    @property
-    def together(self) -> int:
-        return self.of
-
-    @property
-    def steps(self) -> int:
-        return self.of
 
     def with_kept(self, kept: int) -> Transposable:
         return Transposable(f"{kept}:{self.of}t", kept, self.of)
