@@ -91,7 +91,8 @@ def test_a_model_computes_stores_and_loads_what_it_did(embeddings, dtype, monkey
     assert (row.label, row.bytes_after) == (f"dense {embeddings}", packed.weight.nbytes) and row.is_packed
     assert "model.embed_tokens" in str(plan_of(model)) and model.dtype == dtype
     with torch.inference_mode():
-        assert torch.equal(model(IDS).logits, want)
+        got = model(IDS).logits
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)  # the norms round once where transformers' round thrice
     with pytest.raises(ZeroskipError, match="is packed and cannot be resized"):
         model.resize_token_embeddings(100)
 
@@ -101,7 +102,7 @@ def test_a_model_computes_stores_and_loads_what_it_did(embeddings, dtype, monkey
     for loaded in (zs.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")):
         assert isinstance(loaded.model.embed_tokens, PackedEmbedding)
         with torch.inference_mode():
-            assert torch.equal(loaded(IDS).logits, want)
+            assert torch.equal(loaded(IDS).logits, got)
             more = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "do_sample": False}
             assert torch.equal(loaded.generate(IDS, **more), model.generate(IDS, **more))
     half = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
