@@ -83,7 +83,7 @@ def test_the_standard_library_gives_a_thousand_pairs_for_every_seed():
     for seed in range(6):
         split = data.split(seed, docs=docs)
         assert len(split.pairs) == 1000
-        assert len(split.calibration) == 2300
+        assert len(split.calibration) == 2700
 
 
 def test_no_large_module_decides_what_calibrates():

@@ -110,7 +110,7 @@ def pairs(docs: list[Docstring]) -> list[Pair]:
     return out
 
 
-def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 2300, docs: list[Docstring] | None = None) -> Split:
+def split(seed: int = 0, *, test_pairs: int = 1000, texts: int = 2700, docs: list[Docstring] | None = None) -> Split:
     """Draw calibration modules until they hold half of all docstrings; the others, which keep `test_pairs`, test.
 
     Parameters

