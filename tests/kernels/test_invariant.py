@@ -52,7 +52,7 @@ def test_one_and_two_threads_give_the_same_bits(case: Case) -> None:
 def test_a_row_that_is_multiplied_in_stretches_has_the_bits_of_a_whole_one(case: Case) -> None:
     name, values, kernel = case
     if name not in HOLD or not kernel.endswith(PLAIN_ROWS):
-        pytest.skip("written to hold are the others")
+        pytest.skip("multiplies no row in stretches")
     packed = zs.pack(example(name, 66, 4032, values), name, values)
     x = random(90, 4032, seed=3)
     together = ops.run(packed, x, kernel=kernel)
