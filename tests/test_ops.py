@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zeroskip as zs
 from zeroskip import _core, ops
 from zeroskip.formats.base import names
+from zeroskip.native import is_plain
 from zeroskip.nn import PackedLinear
 
 each_format = pytest.mark.parametrize("name", names())
@@ -239,7 +240,7 @@ def test_the_dispatcher_is_left_out_only_where_nothing_looks() -> None:
     assert watching.seen.count(op) == 2
     graph = make_fx(model)(x).graph
     assert [node.target for node in graph.nodes].count(op) == 2
-    assert ops.is_plain(x) and not ops.is_plain(x.clone().requires_grad_()) and not ops.is_plain(nn.Parameter(x))
+    assert is_plain(x) and not is_plain(x.clone().requires_grad_()) and not is_plain(nn.Parameter(x))
 
 
 @each_format

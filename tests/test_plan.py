@@ -39,7 +39,8 @@ def measured(times: Times, noise: float = 0.0, seed: int = 0) -> Measured:
 def _layout(label: str, kernels: list[str]) -> Layout:
     kind, values = label.split()
     dense = kind in ("linear", "onednn", "dense")
-    return Layout(label, kind, values, tuple(kernels), dense, 100, lambda *_: [], torch.nn.Identity)
+    nbytes = 200 if values == "fp32" else 100
+    return Layout(label, kind, values, tuple(kernels), dense, nbytes, lambda *_: [], torch.nn.Identity)
 
 
 def decide(times: Times, tokens: Any = (1, 32, 512), noise: float = 0.0) -> Choice:
@@ -96,6 +97,20 @@ def test_a_dense_layout_that_is_slower_somewhere_does_not_replace_the_layer() ->
     choice = decide({**LINEAR, "onednn fp32/torch": {1: 1.1, 32: 1.0, 512: 10.0}})
     assert choice.label == "linear fp32"
     assert "onednn fp32 is faster over all but not at 1 token" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("time", "label"), [(9.9, "csr fp32"), (9.9 / 0.981, "strip_nm bf16"), (9.9 / 0.979, "csr fp32")]
+)
+def test_of_sparse_layouts_that_are_as_fast_the_smallest_is_taken(time: float, label: str) -> None:
+    fastest = {"csr fp32/k": {512: 9.9}, "strip_nm fp32/k": {512: 9.95}}
+    smaller = {} if time == 9.9 else {"strip_nm bf16/k": {512: time}, "csr bf16/k": {512: time * 1.001}}
+    assert decide({**LINEAR, **fastest, **smaller}, (512,)).label == label
+
+
+def test_a_small_layout_that_does_not_beat_dense_is_not_taken() -> None:
+    times = {**LINEAR, "strip_nm fp32/k": {512: 19.9}, "strip_nm bf16/k": {512: 20.1}}
+    assert decide(times, (512,)).label == "strip_nm fp32"
 
 
 def test_weights_decide_between_layouts() -> None:

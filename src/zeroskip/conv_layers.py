@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from zeroskip.conv_ops import convolve
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
 from zeroskip.nn import PackedLinear
-from zeroskip.ops import convolve
 from zeroskip.sites.conv import KINDS, Conv, ConvAdapter, blocks
 
 __all__ = ["Geometry", "PackedConv", "channels_last", "geometry_of", "geometry_problem", "in_channels_last"]

@@ -11,22 +11,16 @@ import math
 import torch
 from torch import Tensor
 
-from zeroskip import _core, ops
+from zeroskip import _core
 from zeroskip.errors import ZeroskipError
-from zeroskip.ops import is_plain
+from zeroskip.native import TYPES, is_plain, register, threads
 
 __all__ = ["attend", "attend_plain", "can_attend", "can_normalise", "normalise", "normalise_plain"]
-
-_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def _threads() -> int:
-    return 1 if ops._forked else torch.get_num_threads()
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Return whether `attend` takes these: one query a head, one dtype, at most a boolean mask that all heads share."""
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.dtype not in _TYPES or q.device.type != "cpu":
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or q.dtype not in TYPES or q.device.type != "cpu":
         return False
     batch, heads, queries, depth = q.shape
     groups, tokens = k.shape[1], k.shape[2]
@@ -83,14 +77,14 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
     at, by, of = q.stride(), k.stride(), v.stride()
     sizes = [batch, heads, groups, tokens, depth, width, at[0], at[1], *by[:3], *of[:3], stride]
     _core.attend(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), address, y.data_ptr(), _TYPES[q.dtype], scale, sizes, _threads()
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), address, y.data_ptr(), TYPES[q.dtype], scale, sizes, threads()
     )  # fmt: skip
     return y
 
 
 def can_normalise(x: Tensor, weight: Tensor) -> bool:
     """Return whether `normalise` takes these."""
-    known = x.dtype in _TYPES and (weight.dtype is x.dtype or weight.dtype is torch.float32)
+    known = x.dtype in TYPES and (weight.dtype is x.dtype or weight.dtype is torch.float32)
     return known and x.dim() > 0 and x.shape[-1:] == weight.shape and weight.numel() > 0 and x.device.type == "cpu"
 
 
@@ -121,8 +115,8 @@ def normalise_plain(x: Tensor, weight: Tensor, eps: float, offset: float) -> Ten
     x, weight = x.contiguous(), weight.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
     _core.normalise(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), _TYPES[x.dtype], _TYPES[weight.dtype], x.numel() // width, width,
-        eps, offset, _threads(),
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), TYPES[x.dtype], TYPES[weight.dtype], x.numel() // width, width,
+        eps, offset, threads(),
     )  # fmt: skip
     return y
 
@@ -135,19 +129,12 @@ def _normalise_fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> Ten
     return x.new_empty(x.shape)
 
 
-_library = torch.library.Library("zeroskip", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
+_attend_op = register(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor", attend_plain, _attend_fake
 )
-_library.impl("attend", attend_plain, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("zeroskip::attend", _attend_fake, lib=_library)
-_library.define(  # type: ignore[no-untyped-call]
-    "normalise(Tensor x, Tensor weight, float eps, float offset) -> Tensor"
+_normalise_op = register(
+    "normalise(Tensor x, Tensor weight, float eps, float offset) -> Tensor", normalise_plain, _normalise_fake
 )
-_library.impl("normalise", normalise_plain, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("zeroskip::normalise", _normalise_fake, lib=_library)
-_attend_op = torch.ops.zeroskip.attend.default
-_normalise_op = torch.ops.zeroskip.normalise.default
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:

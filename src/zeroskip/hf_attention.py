@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.decode_ops import attend, can_attend
-from zeroskip.ops import is_plain
+from zeroskip.native import is_plain
 
 __all__ = ["attach_attention", "attention", "detach_attention"]
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats.base import Packed
-from zeroskip.ops import ACTIVATIONS, Part, activation_code, call, call_by, call_many, call_plain, is_plain
+from zeroskip.native import is_plain
+from zeroskip.ops import ACTIVATIONS, Part, activation_code, call, call_by, call_many, call_plain
 
 __all__ = ["PackedLinear", "Siblings"]
 

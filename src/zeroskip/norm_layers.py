@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.decode_ops import can_normalise, normalise_plain
-from zeroskip.ops import is_plain
+from zeroskip.native import is_plain
 
 __all__ = ["attach_norms", "constants_of", "detach_norms"]
 

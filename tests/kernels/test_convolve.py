@@ -1,4 +1,4 @@
-"""`ops.convolve`: patches cut as the kernel packs them, against float64 and, bit for bit, `linear` over rows."""
+"""`convolve`: patches cut as the kernel packs them, against float64 and, bit for bit, `linear` over rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import conv1d, conv2d, conv3d
 
 from zeroskip import _core, ops
+from zeroskip.conv_ops import convolve
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import pack
 from zeroskip.sites.conv import ConvAdapter, patches
@@ -41,7 +42,7 @@ def both(conv: Any, x: torch.Tensor, weight: torch.Tensor, kind: str) -> None:
     ).movedim(1, -1)  # fmt: skip
     scale = (rows.double().abs() @ weight.double().abs().t()).view(want.shape)
     for kernel in ops.kernels(packed):
-        y = ops.convolve(x.movedim(1, -1), packed.blob, conv.bias, m, geometry(conv), kernel)
+        y = convolve(x.movedim(1, -1), packed.blob, conv.bias, m, geometry(conv), kernel)
         assert y.shape == want.shape and y.dtype == x.dtype
         assert torch.equal(y.view(-1, m), ops.run(packed, rows, conv.bias, None, kernel)), kernel
         exact = want if conv.bias is None else want + conv.bias.double()
@@ -79,10 +80,10 @@ def test_several_passes_and_threads(kind: str) -> None:
     weight = made(conv, 0.8)
     both(conv, x, weight, kind)
     packed, before = pack(weight, kind), torch.get_num_threads()
-    one = ops.convolve(x.movedim(1, -1), packed.blob, None, 40, geometry(conv))
+    one = convolve(x.movedim(1, -1), packed.blob, None, 40, geometry(conv))
     try:
         torch.set_num_threads(3)
-        assert torch.equal(ops.convolve(x.movedim(1, -1), packed.blob, None, 40, geometry(conv)), one)
+        assert torch.equal(convolve(x.movedim(1, -1), packed.blob, None, 40, geometry(conv)), one)
     finally:
         torch.set_num_threads(before)
 
@@ -96,7 +97,7 @@ def test_nan_and_inf_stay_where_their_patches_are() -> None:
     x = torch.randn(1, 8, 6, 6)
     x[0, 3, 2, 2] = float("nan")
     for kind in ("csr", "bitmask"):
-        y = ops.convolve(x.movedim(1, -1), pack(weight, kind).blob, None, 16, geometry(conv))[0]
+        y = convolve(x.movedim(1, -1), pack(weight, kind).blob, None, 16, geometry(conv))[0]
         bad = y.isnan().any(-1)
         assert not bool(bad[3, 3]) and bool(bad[1:4, 1:4].sum() == 8) and int(bad.sum()) == 8
 
@@ -106,16 +107,16 @@ def test_what_does_not_fit_is_refused() -> None:
     blob = pack(made(conv, 0.5), "csr").blob
     x = torch.randn(1, 9, 9, 4)
     with pytest.raises(ZeroskipError, match="too small for a kernel of \\[3, 3\\]"):
-        ops.convolve(x[:, :2], blob, None, 5, geometry(conv))
+        convolve(x[:, :2], blob, None, 5, geometry(conv))
     with pytest.raises(ZeroskipError, match="the packed weight is 5 x 36, the call has 5 outputs and 27 inputs"):
-        ops.convolve(x[..., :3], blob, None, 5, geometry(conv))
+        convolve(x[..., :3], blob, None, 5, geometry(conv))
     with pytest.raises(ZeroskipError, match="expected x \\[batch, \\*space, channels\\]"):
-        ops.convolve(x[0], blob, None, 5, geometry(conv))
+        convolve(x[0], blob, None, 5, geometry(conv))
     with pytest.raises(ZeroskipError, match="x is torch\\.float64"):
-        ops.convolve(x.double(), blob, None, 5, geometry(conv))
+        convolve(x.double(), blob, None, 5, geometry(conv))
     with pytest.raises(ZeroskipError, match="bias has shape"):
-        ops.convolve(x, blob, torch.zeros(4), 5, geometry(conv))
-    assert ops.convolve(x[:0], blob, None, 5, geometry(conv)).shape == (0, 7, 7, 5)
+        convolve(x, blob, torch.zeros(4), 5, geometry(conv))
+    assert convolve(x[:0], blob, None, 5, geometry(conv)).shape == (0, 7, 7, 5)
     sizes = [1, 4, 1, 9, 9, 1, 3, 3, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 7, 7]
     y = torch.empty(49, 5)
     for place, value, problem in (

@@ -1,9 +1,10 @@
 """The choice rule: from measured times to one layout a site and one kernel a token bucket.
 
 A sparse layout is eligible only if at every listed token count it reaches 0.98x the fastest dense candidate, and it
-is chosen if it then beats the fastest dense layout on the weighted time by more than the noise. Otherwise the fastest
-dense layout is installed; the layer as it stands keeps its place unless another dense one beats it by more than the
-noise and is nowhere slower (below 0.98x), for the promise is to be never slower.
+is chosen if it then beats the fastest dense layout on the weighted time by more than the noise. Of sparse layouts that
+are as fast within 2 % the smallest is taken: fewer bytes are worth that. Otherwise the fastest dense layout is
+installed; the layer as it stands keeps its place unless another dense one beats it by more than the noise and is
+nowhere slower (below 0.98x), for the promise is to be never slower.
 
 In a batch-invariant plan only layouts of ours compete, each with one kernel for every token count that gives a row the
 same bits in every batch; "the fastest dense" is then the fastest of these. What would have been faster is named.
@@ -26,6 +27,7 @@ from zeroskip.planning.tokens import Tokens
 __all__ = ["Choice", "buckets", "choose"]
 
 ELIGIBLE = 0.98
+LEVEL = 0.98  # of the fastest sparse layout: those nearer than that count as as fast, and the smallest is taken
 
 
 def buckets(kernels: Mapping[int, str]) -> list[tuple[int | None, str]]:
@@ -135,10 +137,12 @@ def _decide(entries: list[_Entry], every: list[_Entry], measured: Measured, weig
 
     sparse = sorted((entry for entry in entries if not entry.dense), key=lambda entry: _total(entry, weight))
     eligible = [entry for entry in sparse if min(ratios[entry.label].values()) >= ELIGIBLE]
-    for entry in eligible:
-        gain = _gain(fastest, entry, weight)
-        if gain.low > 1.0:
-            return Choice(entry.label, entry.kernels, _won(entry, ratios, gain), ratios, gain)
+    winners = [(entry, gain) for entry in eligible if (gain := _gain(fastest, entry, weight)).low > 1.0]
+    if winners:
+        least = _total(winners[0][0], weight)
+        level = [pair for pair in winners if least / _total(pair[0], weight) >= LEVEL]
+        entry, gain = min(level, key=lambda pair: measured.layout(pair[0].label).nbytes)
+        return Choice(entry.label, entry.kernels, _won(entry, ratios, gain), ratios, gain)
     reason = _lost(as_is, fallback, fastest, sparse, eligible, ratios, weight, measured)
     return Choice(fallback.label, fallback.kernels, reason, ratios, None)
 
