@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
+from zeroskip.bench import peers
 from zeroskip.bench.break_even import BEST, Against, break_evens
 from zeroskip.bench.results import KernelTable, Row, Spread
 from zeroskip.errors import ZeroskipError
@@ -27,7 +28,13 @@ SUMMARY = (
     f"the rounds spans more than {WIDE - 1:.0%}, so that another run may give another number"
 )
 EVEN = "Break-even: the share of zeros from which on a sparse layout is as fast, in parentheses what was measured"
-COLUMNS = ("linear fp32", "linear bf16", "best dense")
+COLUMNS = ("linear fp32", "linear bf16", BEST)
+OWN = "own dense"
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
+CLOSEST = (
+    f"`{OWN}` is our dense layout of the same values; of another library it is the fastest "
+    "of its modes whose weights are as wide or wider"
+)
 
 
 def text(found: KernelTable) -> str:
@@ -46,7 +53,7 @@ def markdown(found: KernelTable, details: bool = False) -> str:
     A summary of our layouts over all cases with the same zeros; with `details` a table of every case after it.
     """
     lines = [f"### {found.suite}", "", f"{found.machine}.", "", *(f"- {line}" for line in _limits(found)), ""]
-    lines += [*_markdown_table(*_summary(found)), "", f"Times as fast as each column: {SUMMARY}.", ""]
+    lines += [*_markdown_table(*_summary(found)), "", f"Times as fast as each column: {SUMMARY}. {CLOSEST}.", ""]
     if crossed := break_evens(found.rows):
         lines += [f"{EVEN}:", "", *_markdown_table(*_even(crossed)), ""]
     if details:
@@ -128,16 +135,39 @@ def _summary(found: KernelTable) -> tuple[list[str], list[list[str]]]:
             # Dense layouts compute the same whatever the zeros.
             zeros = "any" if row.dense else f"{row.pattern} {row.sparsity:.0%}"
             groups[row.layout, zeros, row.tokens, row.threads].append(row)
-    seen = [name for row in found.rows for name in row.faster_than]
-    versus = [*dict.fromkeys([*(name for name in COLUMNS if name in seen), *sorted(set(seen))])]
+    seen = {column for rows in groups.values() for row in rows for column in _closest(row)}
+    first = [name for name in (*COLUMNS, OWN) if name in seen]
+    versus = [*first, *sorted(seen.difference(first))]
     header = ["layout", "zeros", "tokens", "threads", "cases", "% peak", "% read", *versus]
     body = []
     for (layout, zeros, tokens, threads), rows in sorted(groups.items()):
-        ratios = [[row.faster_than[name] for row in rows if name in row.faster_than] for name in versus]
+        closest = [_closest(row) for row in rows]
+        ratios = [[each[name] for each in closest if name in each] for name in versus]
         percents = [[row.peak_percent or 0.0 for row in rows], [row.bandwidth_percent or 0.0 for row in rows]]
         numbers = [f"{math.fsum(values) / len(values):.0f}" for values in percents]
         body.append([layout, zeros, str(tokens), str(threads), str(len(rows)), *numbers, *map(_mean, ratios)])
     return header, body
+
+
+def _closest(row: Row) -> dict[str, Spread]:
+    """How many times faster the row is than each column of the summary: of a library's modes, than the fastest."""
+    found: dict[str, Spread] = {}
+    for name, spread in row.faster_than.items():
+        column = _column(row, name)
+        if column is not None and (column not in found or spread.value < found[column].value):
+            found[column] = spread
+    return found
+
+
+def _column(row: Row, name: str) -> str | None:
+    """The column that a rival of this row belongs to, None where it has narrower weights or is another of ours."""
+    if name in COLUMNS:
+        return name
+    library, _, mode = name.partition(" ")
+    if library == "dense":
+        return OWN if mode == row.values else None
+    modes = {one.name: one.bits for one in peers.get(library).modes} if library in peers.names() else BITS
+    return library if modes.get(mode, 0) >= BITS[row.values] else None
 
 
 def _even(crossed: list[Against]) -> tuple[list[str], list[list[str]]]:
