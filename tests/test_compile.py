@@ -255,6 +255,7 @@ def test_bad_input() -> None:
         ({"tokens": ()}, "tokens is empty"),
         ({"tokens": (0,)}, "at least 1"),
         ({"tokens": (-4,)}, "at least 1"),
+        ({"tokens": (1, 10**15)}, "tokens holds 1000000000000000: measuring first with so many takes .* are free"),
         ({"precision": "bf61"}, "did you mean 'bf16'"),
         ({"plan": 3}, "plan is a int"),
         ({"plan": "/nowhere/plan.json"}, "cannot read a plan"),

@@ -256,6 +256,7 @@ def test_unused_columns_inside_the_pattern() -> None:
         ({"weight": torch.ones(0, 2)}, "non-empty floating-point"),
         ({"weight": torch.ones(2, 2, dtype=torch.int8), "values": "fp32"}, "non-empty floating-point"),
         ({"weight": torch.ones(2, 2, dtype=torch.float16)}, "needs values="),
+        ({"weight": torch.eye(4).to_sparse()}, "no plain dense tensor .torch.sparse_coo.: call .to_dense"),
         ({"weight": torch.full((2, 2), 1e300, dtype=torch.float64), "values": "fp32"}, "NaN or Inf"),
         ({"values": "int8", "format": "csr"}, "format 'csr' stores no int8 .formats that do: .*dense"),
         ({"values": "int4", "format": "strip_nm"}, "stores no int4"),

@@ -83,6 +83,9 @@ def test_blocks_go_whole_and_exactly_as_many_as_asked(down, across, height, widt
         ("64:2:4", "write '2:4@64'"),
         ("block:0x4", "at least 1x1"),
         ("", "unknown pattern"),
+        ("2:" + "9" * 5000, "unknown pattern"),  # more digits than Python turns into a number
+        ("2:4@" + "9" * 5000, "unknown pattern"),
+        ("2:4+dense:" + "9" * 5000 + "%", "unknown pattern"),
         (None, "give a string"),
     ],
 )

@@ -22,6 +22,8 @@ def same(one, other):
 WRONG = [
     ({"method": "wnada"}, "did you mean 'wanda'"),
     ({"method": "wanda+lss"}, r"did you mean 'wanda\+ls'"),
+    ({"method": "wanda++ls"}, r"did you mean 'wanda\+ls'"),
+    ({"method": "wanda+"}, "did you mean 'wanda'"),
     ({"sparsity": None}, "needs a sparsity"),
     ({"sparsity": 1.0}, r"fraction of zeros in \[0, 1\)"),
     ({"sparsity": -0.1}, r"fraction of zeros in \[0, 1\)"),

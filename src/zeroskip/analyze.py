@@ -116,10 +116,11 @@ def analyze(
     thaw(model)
     examples = examples_of(model, wanted, example_inputs)
     sites, notes = plannable(model, precision, examples)
+    plain_sites = [site for site in sites if site.name not in examples]
+    wanted.check_room(plain_sites)
     answer = Analysis(this_machine(), wanted, notes=notes)
     working_set = site_bytes(sites)
     planner = Planner(wanted, precision, working_set, budget_s)
-    plain_sites = [site for site in sites if site.name not in examples]
     shapes = sorted({(*site.shape[1:], _values(site, precision)) for site in plain_sites})
     steps = len(sites) + len(shapes)
     for done, site in enumerate(sites, start=1):

@@ -131,6 +131,7 @@ def compile(
         log.warning("the plan was made on another machine (%s): measuring again", "; ".join(changes))
     examples = examples_of(model, wanted, example_inputs)
     sites, notes = plannable(model, precision, examples)
+    wanted.check_room(site for site in sites if site.name not in examples)
     made = Plan(this_machine(), wanted, precision, notes=notes, batch_invariant=batch_invariant)
     rows = left_to_torch(model, sites) if batch_invariant else {}
     if given is not None:

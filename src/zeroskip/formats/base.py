@@ -185,6 +185,8 @@ def pack(
         Not a finite 2-D weight, an unknown name, or a weight that the format cannot hold; the line says why.
     """
     expect("weight", weight, Tensor, "a tensor [m, k]")
+    if weight.layout is not torch.strided:
+        raise ZeroskipError(f"weight is no plain dense tensor ({weight.layout}): call .to_dense() first")
     chosen = get(format)
     values = _value_type(weight, chosen, values)
     if values in VALUES and (group_size is not None or isinstance(scales, Tensor)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.model import Site
+from zeroskip.planning.machine import available_memory_bytes
 
 __all__ = ["Tokens"]
 
@@ -55,6 +57,18 @@ class Tokens:
             if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
                 raise ZeroskipError(f"tokens[{count}] is {weight!r}: a weight is a number above 0")
         return cls(tuple(sorted(counts)), tuple(float(given[count]) for count in sorted(counts)))
+
+    def check_room(self, sites: Iterable[Site]) -> None:
+        """Raise ZeroskipError if the activations of a linear site at the largest count do not fit in free memory."""
+        most, free = max(self.counts), available_memory_bytes()
+        for site in sites:
+            # What goes in and what comes out, each once more while results are checked.
+            needed = 2 * most * sum(site.shape[1:]) * site.weight().element_size()
+            if needed > free:
+                raise ZeroskipError(
+                    f"tokens holds {most}: measuring {site.name} with so many takes {needed / 1e9:.1f} GB, "
+                    f"and {free / 1e9:.1f} GB are free; leave it out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return {"counts": list(self.counts), "weights": None if self.weights is None else list(self.weights)}

@@ -43,7 +43,7 @@ class Composition:
         """
         heads = [known for known in Method.known if f"{name}+".startswith(f"{known}+")]
         head = max(heads, key=len, default="")
-        tails = [tail for tail in str(name)[len(head) :].split("+") if tail]
+        tails = str(name)[len(head) :].split("+")[1:]
         sites = [tail for tail in tails if tail in Solver.known]
         blocks = [tail for tail in tails if tail in BlockSolver.known]
         if not head or tails != sites + blocks:

@@ -26,7 +26,7 @@ class Block(Pattern):
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        found = re.fullmatch(r"block:([0-9]+)x([0-9]+)", text)
+        found = re.fullmatch(r"block:([0-9]{1,9})x([0-9]{1,9})", text)
         if found is None:
             return None
         height, width = map(int, found.groups())

@@ -14,7 +14,7 @@ from zeroskip.prune.patterns.lowest import lowest
 
 __all__ = ["NM", "PAIR", "Kept"]
 
-PAIR = "([0-9]+):([0-9]+)"  # N:M in a name
+PAIR = "([0-9]{1,9}):([0-9]{1,9})"  # N:M in a name
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class NM(Kept):
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        if found := re.fullmatch(rf"{PAIR}(?:@([0-9]+))?", text):
+        if found := re.fullmatch(rf"{PAIR}(?:@([0-9]{{1,9}}))?", text):
             kept, of, strip = *Kept.pair(text, found[1], found[2]), int(found[3] or 1)
             if strip < 1:
                 raise ZeroskipError(f"pattern {text!r}: a strip has at least one row")
             return NM(text, kept, of, strip)
-        if found := re.fullmatch(rf"([0-9]+):{PAIR}", text):
+        if found := re.fullmatch(rf"([0-9]{{1,9}}):{PAIR}", text):
             v, n, m = found.groups()
             raise ZeroskipError(
                 f"pattern {text!r} (V:N:M) is not served: write {f'{n}:{m}@{v}'!r}, N of every M inputs kept, "

@@ -36,7 +36,7 @@ class Split(Pattern):
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        found = re.fullmatch(r"([0-9:@]+)\+dense:([0-9]+(?:\.[0-9]+)?)%(rows)?", text)
+        found = re.fullmatch(r"([0-9:@]+)\+dense:([0-9]{1,9}(?:\.[0-9]{1,99})?)%(rows)?", text)
         rest = None if found is None else NM.read(found[1])
         if found is None or not isinstance(rest, NM):
             return None

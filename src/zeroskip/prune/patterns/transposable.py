@@ -41,7 +41,7 @@ class Transposable(Kept):
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        found = re.fullmatch(rf"{PAIR}t(@[0-9]+)?", text)
+        found = re.fullmatch(rf"{PAIR}t(@[0-9]{{1,9}})?", text)
         if found is None:
             return None
         kept, of = Kept.pair(text, found[1], found[2])

@@ -42,7 +42,7 @@ class Unstructured(Block):
 
     @classmethod
     def read(cls, text: str) -> Pattern | None:
-        found = re.fullmatch(r"unstructured(?::(row|tensor|columns)([0-9]*))?", text)
+        found = re.fullmatch(r"unstructured(?::(row|tensor|columns)([0-9]{0,9}))?", text)
         if found is None or (found[2] and found[1] != "columns"):
             return None
         if found[1] == "columns" and not int(found[2] or 0):
