@@ -64,6 +64,25 @@ def test_a_dense_tensor_under_a_packed_name_is_an_error(tmp_path: Path) -> None:
     _refused(folder, rf"{name}: is float32 \[32, 32\] where int8")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", "x", "'num_hidden_layers': .*expected int"),
+        ("hidden_size", 33, "hidden size"),
+        ("hidden_act", "no_such", "no_such"),
+    ],
+)
+def test_a_config_that_says_what_it_cannot_is_an_error(tmp_path: Path, field: str, value: object, message: str) -> None:
+    folder = _compiled(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(
+        ZeroskipError, match=rf"{folder}: transformers cannot load it as BertForMaskedLM: .*{message}"
+    ) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("what", ["missing", "missing blob", "unexpected"])
 def test_missing_and_unexpected_tensors_are_errors(tmp_path: Path, what: str) -> None:
     folder = _compiled(tmp_path)

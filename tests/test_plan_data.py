@@ -81,6 +81,9 @@ def test_plan_of_a_model_without_one() -> None:
     "damage",
     [
         {"version": 99},
+        {"sites": [{**a_plan().sites[0].__dict__, "name": 1e308}]},
+        {"sites": [{**a_plan().sites[0].__dict__, "sparsity": "half"}]},
+        {"machine": {**this_machine().to_dict(), "isa": ["scalar", 2]}},
         {"sites": [{}]},
         {"machine": {"cpu": 1}},
         {"tokens": None},

@@ -20,8 +20,12 @@ def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error of other code says, its type's name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of what an error of other code says, its type's name where it says nothing.
+
+    A line that ends with a colon says something only with the next one.
+    """
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def suggest(name: object, known: Iterable[str]) -> str:

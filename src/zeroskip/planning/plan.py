@@ -184,7 +184,10 @@ class Plan:
             held, rows = bool(data.get("batch_invariant", False)), [str(name) for name in data.get("rows", [])]
             folded = [Folded.from_dict(pair) for pair in data.get("folded", [])]
             notes = list(data["notes"])
-            return cls(machine, tokens, data["precision"], sites, checks, notes, fused, held, rows, folded)
+            made = cls(machine, tokens, data["precision"], sites, checks, notes, fused, held, rows, folded)
+            # What can be neither printed nor written again was not written by us.
+            _ = str(made), json.dumps(made.to_dict(), allow_nan=False)
+            return made
         except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise ZeroskipError(f"the plan is damaged: {error!r}; compile the model again") from error
 
