@@ -16,6 +16,7 @@ DATA = Path(os.environ.get("ZEROSKIP_DATA", Path(__file__).parents[2] / "shared"
 ORIGINS = {
     "correlated": "a generator of one layer with correlated inputs, written for this project",
     "pylm15m": "a 15.7 M-parameter language model of Python code, trained for this project",
+    "resnet_cifar10": "ResNet-20 of github.com/akamaster/pytorch_resnet_cifar10, its arrays as npz",
 }
 
 
@@ -44,9 +45,7 @@ def data() -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         if not (DATA / name).is_dir():
-            pytest.skip(
-                f"needs the data set {name!r} ({ORIGINS.get(name, 'see its README')}) in {DATA}; set ZEROSKIP_DATA"
-            )
+            pytest.skip(f"needs the data set {name!r} ({ORIGINS[name]}) in {DATA}; set ZEROSKIP_DATA")
         return DATA / name
 
     return folder

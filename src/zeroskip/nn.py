@@ -102,9 +102,10 @@ class PackedLinear(nn.Module):
 class Siblings:
     """Packed layers that a model feeds the same tensor (queries, keys, values), all computed when the first is called.
 
-    The others then find their result: for the very tensor that the first one got, once. Otherwise each computes its
-    own, so nothing depends on the model's keeping to what was traced. Weights stay where they are, each
-    layer's its own; under torch.compile the layers are computed apart.
+    The others then find their result: for the very tensor that the first one got, once, and not after something wrote
+    into it (inference tensors alone do not tell). Otherwise each computes its own, so nothing depends on the model's
+    keeping to what was traced. Weights stay where they are, each layer's its own; under torch.compile the layers are
+    computed apart.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ class Siblings:
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.layers = tuple(layers)
         # One tuple, replaced as a whole: threads that run the model at once find their own tensor in it or compute.
-        self._last: tuple[Tensor, dict[PackedLinear, Tensor]] | None = None
+        self._last: tuple[Tensor, int, dict[PackedLinear, Tensor]] | None = None
 
     def join(self) -> None:
         """Let the layers be computed together from now on."""
@@ -131,12 +132,12 @@ class Siblings:
         """Return the output of one of the layers for x [..., k]."""
         if layer is self.layers[0]:
             outputs = call_many(x, [_part(each) for each in self.layers])
-            self._last = (x, dict(zip(self.layers[1:], outputs[1:], strict=True)))
+            self._last = (x, _version(x), dict(zip(self.layers[1:], outputs[1:], strict=True)))
             return outputs[0]
         last = self._last
-        if last is not None and last[0] is x:
-            y = last[1].pop(layer, None)  # no other caller may write into what this one is given
-            if not last[1]:
+        if last is not None and last[0] is x and last[1] == _version(x):
+            y = last[2].pop(layer, None)  # no other caller may write into what this one is given
+            if not last[2]:
                 self._last = None  # nothing of the activations is kept
             if y is not None:
                 return y
@@ -147,6 +148,11 @@ class Siblings:
 
     def __setstate__(self, state: dict[str, tuple[PackedLinear, ...]]) -> None:
         self.layers, self._last = state["layers"], None
+
+
+def _version(x: Tensor) -> int:
+    """Return how often something wrote into a tensor; an inference tensor does not count that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _part(layer: PackedLinear) -> Part:
