@@ -8,6 +8,8 @@ from tiny_models import batches, llama, tokens
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
+from zeroskip.formats import pack
+from zeroskip.nn import PackedLinear
 from zeroskip.prune import prune
 
 
@@ -113,6 +115,16 @@ def test_weights_that_nothing_computes_with():
 def test_what_needs_gradients_cannot_work_in_inference_mode(method):
     with torch.inference_mode(), pytest.raises(ZeroskipError, match=r"needs gradients: call prune outside"):
         prune(llama(), method, sparsity=0.5, calibration=batches("llama", 1))
+
+
+def test_a_compiled_model_is_pruned_no_more():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[0] = PackedLinear.from_packed(pack(model[0].weight), model[0].bias.data)
+    report = prune(model, "magnitude", sparsity=0.5)
+    assert report.skipped == {"0": "compiled already; prune a model first, then compile it"}
+    model[1] = PackedLinear.from_packed(pack(model[1].weight), model[1].bias.data)
+    with pytest.raises(ZeroskipError, match=r"nothing to prune.*'0', 'compiled already; prune a model first"):
+        prune(model, "magnitude", sparsity=0.5)
 
 
 def test_nothing_to_prune():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site, every_site, fits, select_sites
+from zeroskip.planning.install import compiled_layers
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
 from zeroskip.prune.settings import Settings
@@ -19,6 +20,7 @@ from zeroskip.prune.settings import Settings
 __all__ = ["Plan"]
 
 OUTSIDE = "outside the blocks; name it in include= to prune it"
+COMPILED = "compiled already; prune a model first, then compile it"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
     for site in every:  # most models have embeddings, and nobody expects them to be pruned
         if isinstance(site.module, nn.Embedding) and site.name in skipped and site.name not in named:
             del skipped[site.name]
+    known = {site.owner for site in every}
+    skipped = {name: COMPILED for name, _ in compiled_layers(model) if name not in known} | skipped
     if not sites:
         raise ZeroskipError(
             "the model has nothing to prune: no weight is left that can be"
