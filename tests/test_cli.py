@@ -98,6 +98,11 @@ def test_run_names_the_nearest_line(encoder):
     assert "1.000 line 3" in first and "1.000 line 1" in third and "1.000" not in second
 
 
+def test_run_cuts_a_line_where_the_model_ends(encoder):
+    result = cli("run", encoder, "--text", "return the list " * 100, "--max-tokens", 10**6)
+    assert result.exit_code == 0, result.output
+
+
 def test_run_continues_a_prompt(decoder, tmp_path):
     result = cli("run", decoder, "--prompt", "return the", "--max-new-tokens", 5, "--json", tmp_path / "run.json")
     assert result.exit_code == 0, result.output

@@ -212,6 +212,12 @@ def test_run_needs_what_fits_the_model(encoder, decoder):
     assert "no text" in refused("run", encoder, input="\n \n")
 
 
+def test_text_that_is_no_utf8(encoder, decoder):
+    wrong = b"caf\xe9".decode(errors="surrogateescape")  # how it comes from a terminal or a pipe
+    assert "line 2: is not UTF-8 (character 4)" in refused("run", encoder, "--text", "a", "--text", wrong)
+    assert "--prompt: is not UTF-8" in refused("run", decoder, "--prompt", wrong)
+
+
 def test_a_model_without_a_tokenizer(encoder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((encoder / name).read_bytes())

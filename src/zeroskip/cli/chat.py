@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zeroskip.cli.terminal import Json, command, step, write_json
+from zeroskip.cli.terminal import Json, command, step, utf8, write_json
 from zeroskip.errors import ZeroskipError
 
 __all__ = ["chat"]
@@ -50,6 +50,7 @@ def chat(
             continue
         asked = [*turns, {"role": "user", "content": said}]
         try:
+            utf8(said, "what you typed")
             spoken = generate(network, tokenizer, chat_tokens(tokenizer, asked), drawing, _show)
         except ZeroskipError as error:
             typer.echo(f"{error}; /new begins another conversation", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
+from zeroskip.cli.terminal import Json, command, progress, say, step, utf8, write_json
 from zeroskip.errors import ZeroskipError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def run(
     if models.is_causal_lm(network):
         if prompt is None:
             raise ZeroskipError(f"{model} is a language model: give --prompt TEXT")
+        utf8(prompt, "--prompt")
         say(prompt, nl=False)
         spoken = generate(
             network, tokenizer, tokenizer(prompt)["input_ids"], drawing, lambda piece: say(piece, nl=False)
@@ -60,7 +61,9 @@ def run(
         return
     if prompt is not None:
         raise ZeroskipError(f"{model} is an encoder ({type(network).__name__}): give --text LINE, not --prompt")
-    lines = text or _stdin_lines()
+    lines = [utf8(line, f"line {number}") for number, line in enumerate(text or _stdin_lines(), start=1)]
+    positions = getattr(network.config, "max_position_embeddings", None) or max_tokens
+    max_tokens = min(max_tokens, positions, tokenizer.model_max_length)  # a line is cut where the model ends, too
     from zeroskip.demo.task import embed
 
     done = 0

@@ -26,7 +26,7 @@ import typer
 from zeroskip.cli.process import honour_cpu_limit
 from zeroskip.errors import ZeroskipError
 
-__all__ = ["Command", "Json", "app", "command", "interrupted", "main", "progress", "say", "step", "write_json"]
+__all__ = ["Command", "Json", "app", "command", "interrupted", "main", "progress", "say", "step", "utf8", "write_json"]
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Advance = Callable[[int, int, str], None]
@@ -145,6 +145,15 @@ def _fail(message: str, code: int, error: BaseException) -> None:
 def say(text: object = "", nl: bool = True) -> None:
     """Print a result, by default with the end of its line."""
     typer.echo(str(text), nl=nl)
+
+
+def utf8(text: str, where: str) -> str:
+    """Return the text, or raise: Python hands on bytes that are no UTF-8 as characters that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ZeroskipError(f"{where}: is not UTF-8 (character {error.start + 1}): convert it first") from None
+    return text
 
 
 def _check_writable(path: Path) -> None:
