@@ -69,6 +69,7 @@ clean:
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
+	@$(PYTHON) tools/check_python.py
 	$(PYTHON) -m venv $(VENV)
 
 $(DONE)/dependencies: pyproject.toml constraints.txt | $(VENV)/bin/python
