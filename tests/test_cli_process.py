@@ -48,6 +48,15 @@ def test_an_interrupted_prune_goes_on_to_the_same_bits(how, text, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_ctrl_c_while_torch_is_imported_is_one_line():
+    process = zeroskip_process("info", "--no-roofline")
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "libtorch" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert (process.returncode, out, errors) == (130, "", "zeroskip: interrupted\n")
+
+
 def test_ctrl_c_counts_even_where_cleaning_up_fails(monkeypatch, tmp_path):
     from zeroskip.cli import models
 

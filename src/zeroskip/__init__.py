@@ -1,6 +1,10 @@
 """zeroskip: sparse deep-learning inference that is never slower than dense."""
 
 # ruff: noqa: I001, E402
+from zeroskip.startup import mind_interrupts as _mind_interrupts
+
+_mind_interrupts()
+
 import torch as _torch  # noqa: F401  # first: the extension then shares torch's OpenMP runtime
 
 from zeroskip.isa import isa, limit_to_environment as _limit_to_environment

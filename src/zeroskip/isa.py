@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from zeroskip import _core
 from zeroskip.errors import ZeroskipError
+from zeroskip.startup import is_command_line
 
 __all__ = ["Isa", "isa", "limit_to_environment"]
 
@@ -50,13 +51,7 @@ def limit_to_environment() -> None:
     lack = here.unavailable.get(wanted)
     reason = f"this CPU lacks {lack}" if lack else "there is no such row"
     error = ZeroskipError(f"{VARIABLE}={wanted}: {reason}; this CPU offers {' '.join(here.available)}")
-    if _is_command_line():
+    if is_command_line():
         sys.stderr.write(f"zeroskip: {error}\n")
         raise SystemExit(2)
     raise error
-
-
-def _is_command_line() -> bool:
-    """Whether this process was started as `zeroskip ...` or `python -m zeroskip ...`."""
-    words = sys.orig_argv
-    return os.path.basename(sys.argv[0]) == "zeroskip" or ("-m" in words and words[words.index("-m") + 1] == "zeroskip")

@@ -25,6 +25,7 @@ import typer
 
 from zeroskip.cli.process import honour_cpu_limit
 from zeroskip.errors import ZeroskipError
+from zeroskip.startup import INTERRUPTED, leave
 
 __all__ = ["Command", "Json", "app", "command", "interrupted", "main", "progress", "say", "step", "utf8", "write_json"]
 
@@ -33,7 +34,6 @@ Advance = Callable[[int, int, str], None]
 Json = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the result to PATH as JSON as well.")]
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 PLAIN_SECONDS = 5.0  # without a terminal, a line of progress at most this often
 
 app = typer.Typer(
@@ -106,10 +106,9 @@ _noted = threading.Event()
 def _interrupts_noted() -> Iterator[None]:
     """Remember a Ctrl-C that was raised: extensions may turn it into an error of their own, without a trace of it."""
     _noted.clear()
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    before = signal.getsignal(signal.SIGINT)
+    ours = before in (signal.default_int_handler, leave)
+    if threading.current_thread() is not threading.main_thread() or not ours:
         yield
         return
 
@@ -121,7 +120,7 @@ def _interrupts_noted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupted(error: BaseException | None) -> bool:
