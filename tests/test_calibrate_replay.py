@@ -161,6 +161,8 @@ def test_in_a_model_without_lists_each_layer_is_a_block():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     assert [block.name for block in replay_of(model, [torch.ones(2, 8)]).order] == ["0", "2"]
     assert [block.name for block in find_blocks(nn.Linear(8, 8))] == [""]
+    nn.utils.parametrizations.weight_norm(model[0])  # keeps what computes the weight in a list of modules
+    assert [block.name for block in find_blocks(model)] == ["2"]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import torch
 from tiny_models import gpt2, llama
 from torch import nn
 
+from zeroskip.compile import compile
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import Site, find_sites, replace, select_sites
+from zeroskip.prune import prune
 
 
 def net() -> nn.Module:
@@ -26,6 +28,14 @@ def test_order_include_and_exclude():
     assert names(model, include="re:b\\.[0-9]", exclude="re:.*2") == ["b.0"]
     assert names(model, exclude=None) == ["a", "b.0", "b.2"]
     assert select_sites(model, exclude=["a"])[1] == {"a": "excluded by 'a'"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_a_weight_is_no_site():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(0, 4), nn.Linear(4, 0))
+    assert names(model) == ["0"]
+    prune(model, "magnitude", pattern="2:4")
+    compile(model, tokens=1, budget_s=0.01)
 
 
 def test_patterns_that_name_nothing(caplog):

@@ -115,11 +115,11 @@ def _literal(pattern: str) -> bool:
 
 
 def every_site(model: nn.Module) -> list[Site]:
-    """Return all sites of a model in module order, whether they are pruned by default or not."""
+    """Return all sites of a model in module order, whether they are pruned by default or not; none without a weight."""
     found: list[Site] = []
     taken: set[int] = set()
     for name, module in model.named_modules():
-        mine = [site for site in sites_in(name, module) if id(module) not in taken]
+        mine = [site for site in sites_in(name, module) if id(module) not in taken and site.tensor.numel()]
         # A child whose weight its parent computes with is never called: the weight is the parent's site.
         taken |= {id(module.get_submodule(s.parameter.rpartition(".")[0])) for s in mine if "." in s.parameter}
         found += mine

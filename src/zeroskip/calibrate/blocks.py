@@ -16,22 +16,25 @@ def find_blocks(model: nn.Module, sites: Sequence[Site] = ()) -> list[Block]:
     """Return the blocks of a model in module order; which are called, and when, a forward will tell.
 
     Every item of a maximal nn.ModuleList whose items are of one class (or have a base class in common that is more
-    than nn.Module: the mixed layers of a hybrid model) is a block. `sites` that lie in no list become blocks of their
-    own.
+    than nn.Module: the mixed layers of a hybrid model) is a block, if there is a site in the list. `sites` that lie in
+    no list become blocks of their own.
 
     A model without such a list, as convolutional ones are, falls into the items of its nn.Sequentials, and the layers
     outside of them. So no more is in memory at a time than the statistics of one item (a residual block), and each is
     pruned on what the pruned ones before it give.
     """
-    blocks = [
-        Block(f"{name}.{index}", item, name) for name, items in _lists(model, "") for index, item in enumerate(items)
-    ]
-    if blocks:
-        return blocks + alone(blocks, sites)
     every = every_site(model)
     owners = {id(site.module) for site in every}
+
+    def has_site(part: nn.Module) -> bool:
+        return any(id(module) in owners for module in part.modules())
+
+    lists = [(name, items) for name, items in _lists(model, "") if has_site(items)]
+    blocks = [Block(f"{name}.{index}", item, name) for name, items in lists for index, item in enumerate(items)]
+    if blocks:
+        return blocks + alone(blocks, sites)
     items = {id(block.module): block for block in _items(model, "")}.values()
-    blocks = [block for block in items if any(id(module) in owners for module in block.module.modules())]
+    blocks = [block for block in items if has_site(block.module)]
     order = {id(module): index for index, module in enumerate(model.modules())}
     found = sorted(blocks + alone(blocks, every), key=lambda block: order[id(block.module)])
     return found or [Block("", model, "")]
