@@ -21,9 +21,11 @@ from torch import nn
 
 from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError
+from zeroskip.formats import pack
 from zeroskip.io import container, load, save
 from zeroskip.io.container import read_header
 from zeroskip.io.save import staged
+from zeroskip.nn import PackedLinear
 from zeroskip.prune.report import Report
 
 torch.set_num_threads(1)
@@ -46,6 +48,20 @@ def test_any_module_comes_back(tmp_path: Path, kinds: tuple[str, ...] | None, de
     assert fresh.head.weight is fresh.table.weight, "what was tied stays tied"
     assert fresh.mask.equal(model.mask) and fresh.scale.shape == ()
     assert (fresh.table.weight.requires_grad and not fresh.down.weight.requires_grad) or kinds is None
+
+
+def test_a_layer_under_two_names_comes_back_under_both(tmp_path: Path) -> None:
+    def twice() -> nn.Sequential:
+        layer = nn.Linear(32, 32)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model = twice()
+    model[0] = model[2] = PackedLinear.from_packed(pack(model[0].weight), model[0].bias.data)
+    save(model, tmp_path / "out")
+    loaded = load(tmp_path / "out", model=twice())
+    x = torch.randn(3, 32)
+    assert isinstance(loaded[0], PackedLinear) and loaded[0] is loaded[2]
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_the_file_is_laid_out_for_mapping(tmp_path: Path) -> None:

@@ -177,11 +177,17 @@ def _fill(model: nn.Module, folder: Path, info: dict[str, Any], where: Path) -> 
 
 
 def _aliases(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return, for each tensor of the instance that has several names, all of them; the sites stand alone."""
+    """Return, for each tensor of the instance that has several names, all of them.
+
+    Those of a site are the names of its module: what another module ties to its dense weight is not tied to a blob.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites = {id(modules[site]) for site in stored if site in modules}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors_of(model).items():
-        if name.rpartition(".")[0] not in stored:
-            groups.setdefault(identity(tensor), []).append(name)
+        owner, _, leaf = name.rpartition(".")
+        module = id(modules[owner])
+        groups.setdefault((module, leaf) if module in sites else identity(tensor), []).append(name)
     return {name: group for group in groups.values() for name in group if len(group) > 1}
 
 
