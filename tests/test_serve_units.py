@@ -105,7 +105,8 @@ class Cache:
 
 @pytest.mark.parametrize("function", [ragged, ragged_rows])
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_meets_a_float64_oracle(function, window):
+@pytest.mark.parametrize("updated", [False, True])  # by the layer itself, as transformers has it since 5.24
+def test_attention_meets_a_float64_oracle(function, window, updated):
     generator = torch.Generator().manual_seed(0)
     new, old, heads, shared, size = (4, 1, 0, 3), (0, 6, 5, 2), 4, 2, 8
     if window is not None:  # the cache of such a layer gives the last tokens only
@@ -117,9 +118,11 @@ def test_attention_meets_a_float64_oracle(function, window):
     module = nn.Module()
     module.layer_idx = 0
     starts = torch.tensor(q_at, dtype=torch.int32)
-    got, _ = function(
-        module, q, k, v, None, cache=Cache(k, v, k_at), cu_seq_lens_q=starts, scaling=0.3, sliding_window=window
-    )
+    if updated:
+        given, more = (k, v), {"cu_seq_lens_k": torch.tensor(k_at, dtype=torch.int32)}
+    else:
+        given, more = (k[:, :, :0], v[:, :, :0]), {"cache": Cache(k, v, k_at)}
+    got, _ = function(module, q, *given, None, cu_seq_lens_q=starts, scaling=0.3, sliding_window=window, **more)
     for request in range(len(new)):
         for token in range(new[request]):
             last = k_at[request + 1] - new[request] + token

@@ -48,7 +48,7 @@ def ragged(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cache: Any,
+    cache: Any = None,
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -59,10 +59,11 @@ def ragged(
     Parameters
     ----------
     query, key, value : Tensor
-        Of the new tokens of all requests, [1, heads or key heads, tokens, head_dim].
+        Of the new tokens of all requests, [1, heads or key heads, tokens, head_dim]; without a `cache` keys and values
+        of all tokens already, as layers give them since transformers 5.24.
     attention_mask : None
         None is made for attention of this name.
-    cache : PagedAttentionCache
+    cache : PagedAttentionCache, optional
         Takes the new keys and values and gives all of them, [1, key heads, keys of all requests, head_dim].
     cu_seq_lens_q : Tensor
         int32 [requests + 1], where each request's tokens begin; `rest` holds the same of the keys.
@@ -84,7 +85,7 @@ def ragged_rows(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cache: Any,
+    cache: Any = None,
     cu_seq_lens_q: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -106,7 +107,8 @@ def _attend(
     rest: dict[str, Any],
     by_row: bool,
 ) -> tuple[Tensor, None]:
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=rest)
+    if cache is not None:
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=rest)
     q_at, k_at = cu_seq_lens_q.tolist(), rest["cu_seq_lens_k"].tolist()
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     grouped = query.shape[1] != key.shape[1]
