@@ -54,6 +54,13 @@ def test_a_tokenizer_that_is_missing(bare, text, tmp_path, words):
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
+def test_a_tokenizer_of_another_model(bare, text):
+    write_tokenizer(bare, [f"[{number}]" for number in range(200)])
+    said = refused("run", bare, "--prompt", "read the file")
+    assert "the prompt holds token" in said and "its tokenizer is another's" in said
+    assert "tokenizer" in refused("eval", bare, "--text", text)
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

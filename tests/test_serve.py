@@ -142,6 +142,8 @@ ERRORS = {
     "unknown token": ({"prompt": [70000]}, openai.BadRequestError, None, "70000"),
     "temperature": ({"prompt": "a", "temperature": 3}, openai.BadRequestError, None, "temperature"),
     "not served": ({"prompt": "a", "logprobs": 3}, openai.BadRequestError, "unsupported_parameter", "logprobs"),
+    "tokens' chances": ({"prompt": "a", "logprobs": 1}, openai.BadRequestError, "unsupported_parameter", "logprobs"),
+    "the prompt again": ({"prompt": "a", "echo": True}, openai.BadRequestError, "unsupported_parameter", "echo"),
     "too many": ({"prompt": ["a"] * 60, "n": 16}, openai.BadRequestError, None, "960"),
 }
 
@@ -277,6 +279,7 @@ def test_what_cannot_be_served(encoder, endless, tmp_path, monkeypatch):
     assert "no such directory" in refused("serve", tmp_path / "none")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     assert "NO_SUCH_KEY" in refused("serve", endless, "--api-key-env", "NO_SUCH_KEY")
+    assert "port is 70000: give at most 65535" in refused("serve", endless, "--port", 70000)
     assert "max_concurrency is 0" in refused("serve", endless, "--max-concurrency", 0)
     assert "max_context is 4096" in refused("serve", endless, "--max-context", 4096, "--port", 0)
     bare = tmp_path / "bare"

@@ -78,7 +78,7 @@ def generate(network: Any, tokenizer: Any, tokens: list[int], drawing: Drawing, 
     Raises
     ------
     ZeroskipError
-        If there is no token to continue, or more than the model has positions for.
+        If there is no token to continue, one that the model does not know, or more than it has positions for.
     """
     import torch
     from transformers import set_seed
@@ -88,6 +88,11 @@ def generate(network: Any, tokenizer: Any, tokens: list[int], drawing: Drawing, 
 
     if not tokens:
         raise ZeroskipError("the prompt holds no token: give --prompt TEXT")
+    words = int(network.config.get_text_config().vocab_size)
+    if max(tokens) >= words:
+        raise ZeroskipError(
+            f"the prompt holds token {max(tokens)}, and the model knows {words}: its tokenizer is another's"
+        )
     known = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     room = drawing.max_new_tokens if known is None else min(drawing.max_new_tokens, int(known) - len(tokens))
     if room < 1:

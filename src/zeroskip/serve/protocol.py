@@ -15,12 +15,13 @@ __all__ = [
     "refuse_unserved",
 ]  # fmt: skip
 
-# Fields of OpenAI's that ask for something else than text drawn as `Generates` says; these values ask for nothing.
-UNSERVED = (
-    "tools", "functions", "function_call", "logprobs", "top_logprobs", "logit_bias", "response_format", "audio",
-    "prediction", "suffix", "echo", "best_of", "web_search_options",
-)  # fmt: skip
-IDLE: tuple[Any, ...] = (None, False, 0, 1, [], {}, "none", "auto", {"type": "text"}, "")
+# Fields that ask for something else than text drawn as `Generates` says, and the values that ask for nothing.
+UNSERVED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "modalities": (["text"], []), "audio": (), "prediction": (), "web_search_options": (), "suffix": ("",),
+    "echo": (False,), "best_of": (1,), "min_p": (0, 0.0), "repetition_penalty": (1, 1.0),
+}  # fmt: skip
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Token = Annotated[int, Field(ge=0)]
@@ -173,7 +174,8 @@ class ModelList(BaseModel):
 def refuse_unserved(request: BaseModel) -> None:
     """Raise ApiError if the request asks for something that is not served."""
     for name, value in (request.model_extra or {}).items():
-        if name in UNSERVED and value not in IDLE:
+        idle = value is None or any(type(value) is type(one) and value == one for one in UNSERVED.get(name, ()))
+        if name in UNSERVED and not idle:  # by type too: True is no 1
             raise ApiError(400, f"{name} is not served here: leave it out", "unsupported_parameter", name)
 
 

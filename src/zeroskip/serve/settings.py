@@ -9,6 +9,8 @@ from zeroskip.errors import ZeroskipError
 
 __all__ = ["Settings"]
 
+MOST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -50,6 +52,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ZeroskipError(f"{name} is {value}: give at least {low}")
+        if self.port > MOST_PORT:
+            raise ZeroskipError(f"port is {self.port}: give at most {MOST_PORT}, or 0 for a free one")
 
     @property
     def name(self) -> str:
