@@ -169,6 +169,28 @@ def test_batch_invariant_takes_one_kernel_and_names_what_it_passed_over() -> Non
         choose(measured(times), tokens, {"bitmask fp32": ("gemm",)})
 
 
+def test_who_prefers_bytes_gets_the_smallest_that_is_nowhere_slower_than_the_layer() -> None:
+    times = {
+        **LINEAR,
+        "dense int4/k": {1: 0.4, 32: 1.0, 512: 10.0},
+        "bitmask int4/k": {1: 0.9, 32: 1.9, 512: 20.4},
+        "csr int4/k": {1: 0.1, 32: 0.1, 512: 20.6},
+    }
+    found, tokens = measured(times), Tokens.parse((1, 32, 512))
+    sizes = {"linear fp32": 32, "dense int4": 4, "bitmask int4": 3, "csr int4": 2}
+    for layout in found.layouts:
+        layout.nbytes = sizes[layout.label]
+    assert choose(found, tokens).label == "dense int4"
+    small = choose(found, tokens, prefer="bytes")
+    assert small.label == "bitmask int4" and small.buckets == [(None, "k")], "csr is slower at 512"
+    assert "0.09 of the bytes" in small.reason and "1.11x at 1, 1.05x at 32, 0.98x at 512" in small.reason
+    assert "dense int4 would be 2.06x as fast" in small.reason
+    assert small.ratios["bitmask int4"][1] == pytest.approx(0.4 / 0.9)
+    held = choose(found, tokens, {"dense int4": ("k",), "bitmask int4": ("k",)}, prefer="bytes")
+    assert held.label == "dense int4", "bitmask is slower than the dense layout that keeps a row's bits"
+    assert choose(measured(LINEAR), tokens, prefer="bytes").reason == "linear fp32: the smallest, 1.00 of the bytes"
+
+
 @pytest.mark.parametrize(
     ("kernels", "table"),
     [

@@ -54,7 +54,7 @@ def test_plan_round_trip(tmp_path: Path) -> None:
 def test_every_field_survives() -> None:
     plan = a_plan()
     plan.fused, plan.batch_invariant, plan.rows = [Fused(["a", "b"], {1: 1.25})], True, ["lm_head"]
-    plan.folded = [Folded("a", "act", "gelu")]
+    plan.folded, plan.prefer = [Folded("a", "act", "gelu")], "bytes"
     site = plan.sites[0]
     site.measured_at, site.pinned, site.passed_over, site.excluded = "fc", True, {"csr bf16": 1.5}, {"csr fp32": "slow"}
     for one in (plan, site, plan.checks[0], plan.fused[0]):

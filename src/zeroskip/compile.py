@@ -33,7 +33,7 @@ from zeroskip.planning.install import (
     together,
 )
 from zeroskip.planning.machine import this_machine
-from zeroskip.planning.plan import ModelCheck, Plan, SitePlan
+from zeroskip.planning.plan import ModelCheck, Plan, SitePlan, check_prefer
 from zeroskip.planning.planner import Planner, check_weights, left_to_torch, plannable
 from zeroskip.planning.recurrent import settle
 from zeroskip.planning.shaped import Example, examples_of
@@ -60,6 +60,7 @@ def compile(
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     batch_invariant: bool = False,
+    prefer: str = "speed",
     budget_s: float = 0.5,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -96,6 +97,9 @@ def compile(
         kernels for every token count; what torch has to compute (tied weights) it computes row by row. The plan says
         what that cost, and the model is kept also where it is slower than its dense self, which has no such property.
         Attention is not a site: it is as invariant as its implementation.
+    prefer : "speed" or "bytes"
+        With "bytes" each site takes the smallest layout, dense or sparse, that is nowhere slower (below 0.98x) than the
+        layer as it stands, though another may be faster; the plan says by how much.
     budget_s : float
         Seconds of timing for each distinct site at each token count; races that are clear end earlier.
     progress : function (done, total, site name), optional
@@ -109,17 +113,19 @@ def compile(
     Raises
     ------
     ZeroskipError
-        For token counts, a precision or example inputs that cannot be used, weights that are not finite or not on the
-        CPU, a plan that was made for another model or without `batch_invariant` where that is asked for, and layers
-        whose rows cannot be held (recurrent ones, `nn.MultiheadAttention`, experts). The model is then as it was.
+        For token counts, a precision, a preference or example inputs that cannot be used, weights that are not finite
+        or not on the CPU, a plan that was made for another model or without `batch_invariant` where that is asked for,
+        and layers whose rows cannot be held (recurrent ones, `nn.MultiheadAttention`, experts). The model is then as it
+        was.
     """
     expect("model", model, nn.Module, "an nn.Module")
     called, model = model, unwrapped(model)
-    wanted, precision = Tokens.parse(tokens), check_precision(precision)
+    wanted, precision, prefer = Tokens.parse(tokens), check_precision(precision), check_prefer(prefer)
     given = _read(plan)
     if given is not None and batch_invariant and not given.batch_invariant:
         raise ZeroskipError("the plan was made without batch_invariant: compile without plan= to have one measured")
-    batch_invariant = batch_invariant if given is None else given.batch_invariant
+    if given is not None:
+        batch_invariant, prefer = given.batch_invariant, given.prefer
     for name in thaw(model):
         log.info("%s was compiled before; it is measured anew", name)
     if given is not None:
@@ -132,7 +138,7 @@ def compile(
     examples = examples_of(model, wanted, example_inputs)
     sites, notes = plannable(model, precision, examples)
     wanted.check_room(site for site in sites if site.name not in examples)
-    made = Plan(this_machine(), wanted, precision, notes=notes, batch_invariant=batch_invariant)
+    made = Plan(this_machine(), wanted, precision, notes=notes, batch_invariant=batch_invariant, prefer=prefer)
     rows = left_to_torch(model, sites) if batch_invariant else {}
     if given is not None:
         made.notes.append(f"a plan of another machine was given ({'; '.join(changes)}); everything was measured again")
@@ -155,7 +161,7 @@ def _run(
 ) -> None:
     """Measure, choose and install site by site, then let the whole model decide; any failure puts everything back."""
     working_set = site_bytes(sites)
-    planner = Planner(plan.tokens, plan.precision, working_set, budget_s, plan.batch_invariant)
+    planner = Planner(plan.tokens, plan.precision, working_set, budget_s, plan.batch_invariant, plan.prefer)
     verdict.before(working_set)
     try:
         done, most = 0, max(plan.tokens.counts)

@@ -33,21 +33,26 @@ def compile(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Give a row the same bits whatever else is in the batch; slower.")
     ] = False,
+    prefer: Annotated[
+        str, typer.Option(help="speed; or bytes: the smallest that is nowhere slower than the layer as it stands.")
+    ] = "speed",
     inputs: InputsFile = None,
     json_path: Json = None,
 ) -> None:
     """Compile MODEL for this machine and store it, with its plan, in OUT.
 
     A site is packed only if that is faster than the fastest dense layer at every token count; the plan says which and
-    why.
+    why. With --prefer bytes it takes what is smallest and nowhere slower than the layer as it stands.
     """
     counts = token_counts(tokens)
     from zeroskip.cli import models
     from zeroskip.io.save import check_new
     from zeroskip.planning.candidates import check_precision
+    from zeroskip.planning.plan import check_prefer
 
     check_new(out)
     check_precision(precision)
+    check_prefer(prefer)
     with step(f"loading {model}"):
         network = models.load(model)
     examples = read_inputs(inputs, network)
@@ -63,6 +68,7 @@ def compile(
             precision=precision,
             example_inputs=examples,
             batch_invariant=batch_invariant,
+            prefer=prefer,
             progress=advance,
         )
     with step(f"writing {out}"):

@@ -6,6 +6,9 @@ are as fast within 2 % the smallest is taken: fewer bytes are worth that. Otherw
 installed; the layer as it stands keeps its place unless another dense one beats it by more than the noise and is
 nowhere slower (below 0.98x), for the promise is to be never slower.
 
+Who asks for few bytes gets the smallest layout, dense or sparse, that is nowhere slower than the layer as it stands;
+what the fastest one would have gained is named.
+
 In a batch-invariant plan only layouts of ours compete, each with one kernel for every token count that gives a row the
 same bits in every batch; "the fastest dense" is then the fastest of these. What would have been faster is named.
 """
@@ -82,7 +85,9 @@ class _Entry:
     draws: dict[int, Floats]
 
 
-def choose(measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str]] | None = None) -> Choice:
+def choose(
+    measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str]] | None = None, prefer: str = "speed"
+) -> Choice:
     """Apply the choice rule of this file to one site's measurements.
 
     Parameters
@@ -91,6 +96,7 @@ def choose(measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str
     tokens : Tokens
     steady : {layout: kernels}, optional
         For a batch-invariant plan: the kernels that give a row the same bits in every batch. Nothing else is chosen.
+    prefer : "speed" or "bytes"
 
     Raises
     ------
@@ -101,12 +107,13 @@ def choose(measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str
     fastest = {t: min(entry.times[t] for entry in every if entry.dense) for t in tokens.counts}
     scale = tokens.weights or tuple(1.0 / fastest[t] for t in tokens.counts)
     weight = dict(zip(tokens.counts, scale, strict=True))
+    decide = _smallest if prefer == "bytes" else _decide
     if steady is None:
-        return _decide(every, every, measured, weight)
+        return decide(every, every, measured, weight)
     held = _held(measured, tokens, steady, weight)
     if not any(entry.dense for entry in held):
         raise ZeroskipError("no dense kernel here gives a row the same bits in every batch: leave batch_invariant out")
-    choice = _decide(held, every, measured, weight)
+    choice = decide(held, every, measured, weight)
     chosen = next(entry for entry in held if entry.label == choice.label)
     faster = {
         entry.label: round(_total(chosen, weight) / _total(entry, weight), 4)
@@ -125,9 +132,7 @@ def choose(measured: Measured, tokens: Tokens, steady: Mapping[str, Sequence[str
 def _decide(entries: list[_Entry], every: list[_Entry], measured: Measured, weight: Mapping[int, float]) -> Choice:
     """Choose among `entries`; the ratios are those of `every` layout."""
     dense = [entry for entry in entries if entry.dense]
-    best = {t: min(entry.times[t] for entry in dense) for t in weight}
-    ratios = {entry.label: {t: best[t] / entry.times[t] for t in weight} for entry in (*every, *entries)}
-
+    ratios = _ratios(entries, every, weight)
     fastest = min(dense, key=lambda entry: _total(entry, weight))
     as_is = dense[0]
     better = [entry for entry in dense if all(as_is.times[t] / entry.times[t] >= ELIGIBLE for t in weight)]
@@ -145,6 +150,29 @@ def _decide(entries: list[_Entry], every: list[_Entry], measured: Measured, weig
         return Choice(entry.label, entry.kernels, _won(entry, ratios, gain), ratios, gain)
     reason = _lost(as_is, fallback, fastest, sparse, eligible, ratios, weight, measured)
     return Choice(fallback.label, fallback.kernels, reason, ratios, None)
+
+
+def _smallest(entries: list[_Entry], every: list[_Entry], measured: Measured, weight: Mapping[int, float]) -> Choice:
+    """Choose the least bytes of those that are nowhere slower than the layer as it stands; of as many, the faster."""
+    as_is = next(entry for entry in entries if entry.dense)
+    speed = {entry.label: {t: as_is.times[t] / entry.times[t] for t in weight} for entry in entries}
+    fit = [entry for entry in entries if min(speed[entry.label].values()) >= ELIGIBLE]
+    size = {entry.label: measured.layout(entry.label).nbytes for entry in entries}
+    one = min(fit, key=lambda entry: (size[entry.label], _total(entry, weight)))
+    each = ", ".join(f"{ratio:.2f}x at {t}" for t, ratio in speed[one.label].items())
+    reason = f"{one.label}: the smallest, {size[one.label] / size[as_is.label]:.2f} of the bytes"
+    if one is not as_is:
+        reason += f"; against {as_is.label} at each token count {each}"
+    fastest = min(fit, key=lambda entry: _total(entry, weight))
+    if fastest is not one:
+        reason += f"; {fastest.label} would be {_total(one, weight) / _total(fastest, weight):.2f}x as fast"
+    return Choice(one.label, one.kernels, reason, _ratios(entries, every, weight), None)
+
+
+def _ratios(entries: list[_Entry], every: list[_Entry], weight: Mapping[int, float]) -> dict[str, dict[int, float]]:
+    """How many times as fast as the fastest dense of `entries` each layout is, at each count."""
+    best = {t: min(entry.times[t] for entry in entries if entry.dense) for t in weight}
+    return {entry.label: {t: best[t] / entry.times[t] for t in weight} for entry in (*every, *entries)}
 
 
 def _held(

@@ -17,9 +17,17 @@ from zeroskip.planning.machine import Machine
 from zeroskip.planning.site_plan import SitePlan, by_tokens
 from zeroskip.planning.tokens import Tokens
 
-__all__ = ["Folded", "Fused", "ModelCheck", "Plan", "SitePlan", "plain", "plan_of"]
+__all__ = ["Folded", "Fused", "ModelCheck", "Plan", "SitePlan", "check_prefer", "plain", "plan_of"]
 
 VERSION = 1
+PREFERENCES = ("speed", "bytes")
+
+
+def check_prefer(prefer: str) -> str:
+    """Return `prefer` if it is one of PREFERENCES; raises ZeroskipError if not."""
+    if prefer in PREFERENCES:
+        return prefer
+    raise ZeroskipError(f"prefer is {prefer!r}: give {' or '.join(map(repr, PREFERENCES))}")
 
 
 @dataclass
@@ -124,6 +132,8 @@ class Plan:
     batch_invariant, rows : bool, list of str
         Whether every row of a site's output has the same bits whatever else is in the batch; the layers that torch
         computes one row at a time for that.
+    prefer : "speed" or "bytes"
+        What a site's layout was chosen for, as asked.
     """
 
     machine: Machine
@@ -136,6 +146,7 @@ class Plan:
     batch_invariant: bool = False
     rows: list[str] = field(default_factory=list)
     folded: list[Folded] = field(default_factory=list)
+    prefer: str = "speed"
 
     @property
     def bytes_before(self) -> int:
@@ -159,6 +170,7 @@ class Plan:
             "batch_invariant": self.batch_invariant,
             "rows": list(self.rows),
             "folded": [asdict(pair) for pair in self.folded],
+            "prefer": self.prefer,
         }
 
     @classmethod
@@ -183,8 +195,8 @@ class Plan:
             fused = [Fused.from_dict(group) for group in data.get("fused", [])]
             held, rows = bool(data.get("batch_invariant", False)), [str(name) for name in data.get("rows", [])]
             folded = [Folded.from_dict(pair) for pair in data.get("folded", [])]
-            notes = list(data["notes"])
-            made = cls(machine, tokens, data["precision"], sites, checks, notes, fused, held, rows, folded)
+            notes, prefer = list(data["notes"]), check_prefer(data.get("prefer", "speed"))
+            made = cls(machine, tokens, data["precision"], sites, checks, notes, fused, held, rows, folded, prefer)
             # What can be neither printed nor written again was not written by us.
             _ = str(made), json.dumps(made.to_dict(), allow_nan=False)
             return made

@@ -54,8 +54,9 @@ class Planner:
         working_set_bytes: int,
         budget_s: float,
         batch_invariant: bool = False,
+        prefer: str = "speed",
     ) -> None:
-        self.tokens, self.precision, self.batch_invariant = tokens, precision, batch_invariant
+        self.tokens, self.precision, self.batch_invariant, self.prefer = tokens, precision, batch_invariant, prefer
         self.working_set_bytes, self.budget_s = working_set_bytes, budget_s
         self.spreads: list[float] = []
         self._known: dict[tuple[Any, ...], list[tuple[int, SitePlan]]] = {}
@@ -84,7 +85,7 @@ class Planner:
         self.spreads += [race.spread(race.names[0]) for race in measured.races.values() if race.names]
         counts = self.tokens if example is None else Tokens(example.counts)
         steady = steady_layouts(measured, weight.dtype) if self.batch_invariant else None
-        made = site_plan(site.name, weight, zeros, measured, choose(measured, counts, steady))
+        made = site_plan(site.name, weight, zeros, measured, choose(measured, counts, steady, self.prefer))
         if isinstance(product_of(site), Stack):
             made = _as_often(made, site.shape[0])
         notes += [f"{name} {problem}; not used (found at {site.name})" for name, problem in measured.wrong.items()]

@@ -28,7 +28,9 @@ def plan_table(plan: Plan) -> str:
         row = (_generic(site.name), *_cells(site, counts), f"[{why}]")
         rows[row] = rows.get(row, 0) + 1
     body = [[f"{name} ({count})" if count > 1 else name, *rest] for (name, *rest), count in rows.items()]
-    lines = [f"plan for {plan.machine}", f"tokens {_tokens(plan)}; precision {plan.precision or 'as in the model'}", ""]
+    asked = f"tokens {_tokens(plan)}; precision {plan.precision or 'as in the model'}"
+    asked += "; as few bytes as are nowhere slower" if plan.prefer == "bytes" else ""
+    lines = [f"plan for {plan.machine}", asked, ""]
     if plan.batch_invariant:
         each = f"; {len(plan.rows)} layers of torch work row by row" if plan.rows else ""
         lines.insert(2, f"batch-invariant: one kernel at each site for every token count{each}")
