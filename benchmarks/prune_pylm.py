@@ -4,7 +4,8 @@
 
 Every cell runs in a process of its own, so its peak memory is its own. Cells already in the JSON file are not run
 again. "permute:METHOD" permutes channels first; "default" stands for the method that `prune` takes for the pattern
-where none is named, and becomes its name in table and file; --recipes measures recipes instead. Perplexity as the
+where none is named, and becomes its name in table and file; --recipes measures recipes instead, with other settings
+where they are named as in "llm-int4-50,group_size=32" or "llm-int4-50,embeddings=int4". Perplexity as the
 data's README defines it: windows of 256 tokens, the first of a window not scored, fp32. Calibration: the first 64
 windows of 256 tokens of the calibration text.
 Seconds are those of the processor, so that they hold on a machine that does other things too.
@@ -63,7 +64,11 @@ def cell(folder: Path, method: str, which: str, threads: int, batch: int) -> dic
     batches = calibration(folder, tokenizer, batch)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     if method == "recipe":
-        report = zeroskip.prune(model, recipe=which, calibration=batches)
+        name, *settings = which.split(",")
+        given: dict[str, Any] = dict(part.split("=") for part in settings)
+        if "group_size" in given:
+            given["group_size"] = int(given["group_size"])
+        report = zeroskip.prune(model, recipe=name, calibration=batches, **given)
     else:
         pattern, sparsity = CELLS.get(which, (which, None))
         asked = {"pattern": pattern, "sparsity": sparsity, "permute": method.startswith("permute:")}
@@ -128,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", nargs="+", default=[name for name in methods() if not name.startswith("gptq")])
-    parser.add_argument("--recipes", nargs="+", default=[], help="names of recipes, instead of methods and cells")
+    parser.add_argument("--recipes", nargs="+", default=[], help="recipes, instead of methods and cells")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), help=f"of {', '.join(CELLS)}; or patterns")
     parser.add_argument("--json", type=Path, default=Path("prune_pylm.json"))
     parser.add_argument("--threads", type=int, default=1)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from zeroskip.bench import llm_rivals, peers
 from zeroskip.bench.llm_rivals import ModelProcess, Rivals, why_not
+from zeroskip.bench.llm_work import Work
 from zeroskip.bench.peers import llama_model
 from zeroskip.bench.peers.remote import WORKER, WorkClock
 
@@ -86,8 +87,9 @@ IDS = torch.tensor([[1, 2, 3]])
 
 def test_every_mode_takes_part(made_up, tmp_path):
     made_up(1.01)
-    with Rivals(["llama_cpp", "onnxruntime"], [], tmp_path / "dense", tmp_path) as rivals:
-        good, rough = rivals.make(IDS, LOGITS, 1)
+    work = Work(tmp_path / "work", {})
+    with Rivals(["llama_cpp", "onnxruntime"], [], work) as rivals:
+        good, rough = rivals.open(IDS, LOGITS, 1)
         assert (good.name, good.role, good.disk_bytes, good.memory_bytes) == ("llama_cpp good", "rival", 10, 1000)
         assert good.logits_error == pytest.approx(0.01, rel=1e-3) and rough.logits_error == pytest.approx(0.5)
         assert good.footprint.load_s == 0.25 and good.footprint.first_token_s == 0.5
@@ -101,14 +103,15 @@ def test_every_mode_takes_part(made_up, tmp_path):
         told = rivals.found[1].perplexity(torch.zeros(3, 5, dtype=torch.int64))
         assert told["value"] == pytest.approx(math.exp(2)) and told["tokens"] == 12 and told["context"] == 5
         rivals.again(2)
-    with Rivals(["llama_cpp"], ["rough"], tmp_path / "dense", tmp_path) as rivals:
-        assert rivals.make(IDS, LOGITS, 1) == [] and "off by 0.5 of the largest" in rivals.missing["llama_cpp"]
+    assert Work(tmp_path / "work", {}).peer("llama_cpp") == {"good": 10, "rough": 5}
+    with Rivals(["llama_cpp"], ["rough"], work) as rivals:
+        assert rivals.open(IDS, LOGITS, 1) == [] and "off by 0.5 of the largest" in rivals.missing["llama_cpp"]
 
 
 def test_what_cannot_be_made_is_named(made_up, tmp_path):
     made_up(1.0)
-    with Rivals(["llama_cpp"], [], tmp_path / "bad", tmp_path) as rivals:
-        assert rivals.make(IDS, LOGITS, 1) == []
+    with Rivals(["llama_cpp"], [], Work(tmp_path / "bad", {})) as rivals:
+        assert rivals.open(IDS, LOGITS, 1) == []
         assert "cannot read this" in rivals.missing["llama_cpp"]
     assert "runs no whole models" in why_not("openvino")
     assert peers.get("llama_cpp").model_modes == llama_model.MODES

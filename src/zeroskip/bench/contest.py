@@ -32,6 +32,7 @@ BATCH_S, RATE = 0.04, 40e9  # a batch lasts no longer than about this, if it com
 ROUNDS, LEAST_ROUNDS = 9, 5  # so many, unless they take LONGEST times longer than asked
 LONGEST = 3.0
 MEMORY_SHARE = 0.4  # of what is free, for all copies together
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 Calls = dict[str, list[Callable[[], object]]]
 
 
@@ -59,12 +60,20 @@ class Contest:
         Ours that take part; empty: all.
     cold_bytes, race_s : as in `Settings`
     peers : {name: PeerProcess}
+    values : str, optional
+        Only layouts of these values take part, and modes of peers that store a weight in as many bits.
     """
 
     def __init__(
-        self, case: Case, formats: Collection[str], cold_bytes: int, race_s: float, peers: Mapping[str, PeerProcess]
+        self,
+        case: Case,
+        formats: Collection[str],
+        cold_bytes: int,
+        race_s: float,
+        peers: Mapping[str, PeerProcess],
+        values: str | None = None,
     ) -> None:
-        self.case, self.race_s, self.peers = case, race_s, peers
+        self.case, self.race_s, self.peers, self.values = case, race_s, peers, values
         self.weight = case.weight()
         self.nonzeros = int(torch.count_nonzero(self.weight))
         self.layouts = self._layouts(formats)
@@ -103,11 +112,13 @@ class Contest:
         module = nn.Linear(self.case.k, self.case.m, bias=False, device="meta")
         module.weight = nn.Parameter(self.weight, requires_grad=False)
         with torch.no_grad():
-            found, _ = layouts(module, self.weight, None, PRECISIONS, FEW_TOKENS)
+            kinds = PRECISIONS if self.values is None else (self.values,)
+            found, _ = layouts(module, self.weight, None, kinds, FEW_TOKENS)
         wanted = [
             layout
             for layout in found
-            if not formats or layout.pattern is None or layout.format in formats or layout.format in DENSE_FORMATS
+            if layout.values in kinds
+            and (not formats or layout.pattern is None or layout.format in (*formats, *DENSE_FORMATS))
         ]
         # Formats for a pattern stand for it; those that take any zeros are measured where the zeros are free, also
         # where these happen to leave whole columns empty, so that a wide pattern holds them.
@@ -153,6 +164,7 @@ class Contest:
             (Entry(f"{name} {mode.name}", "peer", name, mode.name, False), process, mode)
             for name, process in self.peers.items()
             for mode in process.peer.modes
+            if not self.values or mode.bits == BITS[self.values]
         ]
 
     def _load(

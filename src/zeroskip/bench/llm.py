@@ -8,53 +8,40 @@ from __future__ import annotations
 
 import gc
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zeroskip.bench import peers
-from zeroskip.bench.llm_models import (
-    NEW_TOKENS,
-    POSITIONS,
-    SHAPES,
-    Step,
-    alone,
-    generate,
-    held_bytes,
-    narrowest,
-    prompt,
-    random_model,
-    without_data,
-)
+from zeroskip.bench.llm_make import DENSE, Maker, measure_stored
+from zeroskip.bench.llm_models import NEW_TOKENS, POSITIONS, SHAPES, Step, alone, generate, prompt
+from zeroskip.bench.llm_products import measure_products, shapes_of
 from zeroskip.bench.llm_profile import profile_step
 from zeroskip.bench.llm_results import Contender, LlmTable, Timing
-from zeroskip.bench.llm_rivals import Rivals
+from zeroskip.bench.llm_rivals import Rival, Rivals
 from zeroskip.bench.llm_settings import DTYPES, Settings
+from zeroskip.bench.llm_summary import summary
+from zeroskip.bench.llm_work import Work
 from zeroskip.bench.peers.remote import WorkClock
-from zeroskip.bench.timer import race
+from zeroskip.bench.timer import Race, race
 from zeroskip.bench.turns import Turns
 from zeroskip.calibrate import strings_of, token_stream, window_limit
-from zeroskip.compile import compile as compile_model
 from zeroskip.errors import ZeroskipError
-from zeroskip.io import load, save
-from zeroskip.io.companions import TOKENIZERS, copy_companions
-from zeroskip.io.save import check_new
+from zeroskip.io import load
+from zeroskip.io.companions import TOKENIZERS
 from zeroskip.planning.machine import this_machine
-from zeroskip.planning.plan import plan_of
-from zeroskip.prune import Recipe, prune
-from zeroskip.prune.recipe import DEFAULTS
 from zeroskip.quality import perplexity
 from zeroskip.quality.perplexity import sizes, windows
 
 __all__ = ["Settings", "bench_llm", "rivals"]
 
-WRONG = 0.1  # a compiled model whose logits differ by more of the largest one gets no time
 ROUNDS = 7
+FAR_BEHIND = 1.3  # times the fastest rival's time: who takes longer at the shortest prompt, reads no longer one
+PRODUCT_S = 2.0  # seconds of a race of products
 Progress = Callable[[int, int, str], None]
 
 
@@ -70,7 +57,7 @@ def bench_llm(settings: Settings, folder: Path, progress: Progress = lambda done
     ----------
     settings : Settings
     folder : Path
-        New or empty: every model is stored there, under its name.
+        New, empty, or of an earlier run with the same models: every model is stored there, under its name.
     progress : callable
         Told (steps done, steps in all, what comes next).
 
@@ -83,7 +70,7 @@ def bench_llm(settings: Settings, folder: Path, progress: Progress = lambda done
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads[0])
     try:
-        return _Bench(settings, check_new(folder), progress).run()
+        return _Bench(settings, folder, progress).run()
     finally:
         torch.set_num_threads(before)
 
@@ -97,7 +84,6 @@ class _Bench:
         import zeroskip
 
         self.settings, self.folder, self.progress = settings, folder, progress
-        self.dtype = DTYPES[settings.dtype]
         races = len(settings.threads) * len(settings.tokens + settings.batch)
         self.done, self.steps = 0, 2 * (len(DTYPES) + len(settings.recipes)) + races + bool(settings.peers)
         packages = (zeroskip, torch, transformers)
@@ -108,18 +94,23 @@ class _Bench:
 
     def run(self) -> LlmTable:
         self._check()
-        self._make()
-        for one in self.found.contenders:
-            self._next(f"{one.name} alone")
-            if one.problem is None:
-                where = self.folder / one.name
-                one.footprint = alone(one.name, where, self.settings.threads[0], self.settings.tokens)
-        models = {one.name: load(self.folder / one.name) for one in self.found.contenders if one.problem is None}
-        source = self.folder / "torch bf16"
-        with Rivals(self.settings.peers, self.settings.modes, source, self.folder) as rivals:
+        self.work = Work(self.folder, self.settings.models)
+        self.maker = Maker(self.settings, self.work, self.tokenizer)
+        with Rivals(self.settings.peers, self.settings.modes, self.work) as rivals:
+            if self.settings.make_only:
+                self._make_only(rivals)
+                return self.found
+            self._make()
+            for one in self.found.contenders:
+                self._next(f"{one.name} alone")
+                if one.problem is None:
+                    where = self.work.place(one.name)
+                    one.footprint = alone(one.name, where, self.settings.threads[0], self.settings.tokens)
+            there = [one.name for one in self.found.contenders if one.problem is None]
+            models = {name: load(self.work.place(name)) for name in there}
             if self.settings.peers:
                 self._next("other libraries")
-                self.found.contenders += rivals.make(*self._expected(models), self.settings.threads[0])
+                self.found.contenders += rivals.open(*self._expected(models), self.settings.threads[0])
                 self.found.missing |= rivals.missing
             for threads in self.settings.threads:
                 torch.set_num_threads(threads)
@@ -128,29 +119,58 @@ class _Bench:
                 with torch.inference_mode():
                     self._races(models, rivals, threads)
             self._perplexities(models, rivals)
+        if self.settings.products:
+            self._products()
+        self.found.summary = summary(self.found.contenders, self.found.times)
         return self.found
+
+    def _make_only(self, rivals: Rivals) -> None:
+        """Prune, and have the files of other libraries written."""
+        if self.settings.peers:
+            self._next("other libraries")
+            self.maker.dense("bf16")
+            rivals.make()
+            self.found.missing |= rivals.missing
+        for recipe in self.settings.recipes:
+            self._next(recipe)
+            self.maker.pruned(recipe)
+            gc.collect()
 
     def _expected(self, models: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return a prompt [1, tokens], and what the dense model says after it, [vocabulary] fp32."""
         dense = [models[name] for name in ("torch fp32", "torch bf16") if name in models]
-        model = dense[0] if dense else load(self.folder / "torch bf16")
+        model = dense[0] if dense else load(self.work.place(DENSE))
         ids = prompt(model, min(self.settings.tokens), 1)
         with torch.inference_mode():
             return ids, model(ids, use_cache=False).logits[0, -1].float()
 
     def _races(self, models: Mapping[str, Any], rivals: Rivals, threads: int) -> None:
         shortest = min(self.settings.tokens)
-        for count in self.settings.tokens:
+        before: Race | None = None
+        for count in sorted(self.settings.tokens):
             self._next(f"first token after {count}, {threads} threads")
-            self._race("first token", models, rivals, count, 1, threads)
+            taking = rivals.found if before is None else leading(rivals.found, before)
+            known = {} if before is None else {name: before.median(name) * count / shortest for name in before.names}
+            seen = self._race("first token", models, taking, count, 1, threads, known)
+            before = before or seen
         for batch in self.settings.batch:
             self._next(f"decode, batch {batch}, {threads} threads")
-            self._race("decode", models, rivals, shortest, batch, threads)
+            self._race("decode", models, rivals.found, shortest, batch, threads, {})
         if self.settings.profile:
             for name, model in models.items():
                 self.progress(self.steps, self.steps, f"profile of {name}")
                 told = profile_step(name, model, prompt(model, shortest, 1), self.settings.compiled)
                 self.found.profiles.append(told)
+
+    def _products(self) -> None:
+        self.found.products = measure_products(
+            shapes_of(self.maker.source(torch.bfloat16)),
+            self.settings.peers,
+            sorted({1, *self.settings.tokens}),
+            self.settings.threads,
+            min(self.settings.race_s, PRODUCT_S),
+            lambda what: self.progress(self.steps, self.steps, what),
+        )
 
     def _perplexities(self, models: Mapping[str, Any], rivals: Rivals) -> None:
         text = self.settings.text
@@ -179,18 +199,12 @@ class _Bench:
 
         return AutoTokenizer.from_pretrained(given)
 
-    def _source(self, dtype: torch.dtype) -> Any:
-        """Return the dense model, fresh."""
-        given = self.settings.model
-        model: Any = random_model(self.settings.shape, self.settings.layers) if given is None else load(given)
-        return model.to(dtype).eval()
-
     def _check(self) -> None:
         """Find out before the work what would stop it later."""
         if self.settings.model is None:
             self._check_prompts(POSITIONS)
             return
-        model = self._source(torch.float32)
+        model: Any = load(self.settings.model)
         config = getattr(model, "config", None)
         if config is None or not model.can_generate() or getattr(config, "is_encoder_decoder", False):
             raise ZeroskipError(f"{self.found.model}: a {type(model).__name__} is no causal language model")
@@ -208,54 +222,31 @@ class _Bench:
             raise ZeroskipError(f"tokens {longest}: the model knows {known:.0f} positions, too few for {more}")
 
     def _make(self) -> None:
-        for name, dtype in DTYPES.items():
+        """Have every model of ours and of torch stored."""
+        for name in DTYPES:
             self._next(f"torch {name}")
-            one = Contender(f"torch {name}", "rival", name)
             if name in self.settings.dense:
-                self._store(one, self._source(dtype))
+                self.maker.dense(name)
+                one, where = Contender(f"torch {name}", "rival", name), self.work.place(f"torch {name}")
+                measure_stored(one, where, load(where))
+                self.found.contenders.append(one)
             elif name == "bf16" and self.settings.peers:
-                save(self._source(dtype), self.folder / one.name)  # what theirs are made of
+                self.maker.dense(name)
         for recipe in self.settings.recipes:
             self._next(recipe)
-            one, model = Contender(Path(recipe).name, "ours", self.settings.dtype), self._source(self.dtype)
-            one.steps = self._prune(model, recipe)
-            self._compile(one, model)
-            self._store(one, model)
-            del model
+            self.found.contenders.append(self.maker.compiled(recipe))
             gc.collect()
 
-    def _prune(self, model: nn.Module, recipe: str) -> list[dict[str, Any]]:
-        if self.settings.calibration is None and Recipe.read(DEFAULTS, recipe).needs_data:
-            return [prune(model, recipe=step).recipe for step in without_data(recipe, model)]
-        text = self.settings.calibration
-        return [prune(model, recipe=recipe, text=text, tokenizer=self.tokenizer if text else None).recipe]
-
-    def _compile(self, one: Contender, model: Any) -> None:
-        ids = prompt(model, min(self.settings.tokens), 1)
-        with torch.inference_mode():
-            pruned = model(ids).logits.float()
-        compile_model(model, sorted({*self.settings.batch, *self.settings.tokens}), narrowest(one.steps))
-        with torch.inference_mode():
-            off = float((model(ids).logits.float() - pruned).abs().max() / pruned.abs().max())
-        one.logits_error = off if math.isfinite(off) else None
-        if not off <= WRONG:
-            one.problem = f"compiled, its logits are off by {off:.2g} of the largest"
-        plan = plan_of(model)
-        one.layers = dict(Counter(site.label for site in plan.sites))
-        one.outcome = ", ".join(check.outcome for check in plan.checks)
-
-    def _store(self, one: Contender, model: nn.Module) -> None:
-        where = self.folder / one.name
-        save(model, where)
-        if self.settings.model is not None:
-            copy_companions(self.settings.model, where)
-        one.disk_bytes = sum(file.stat().st_size for file in where.glob("*.safetensors"))
-        one.memory_bytes = held_bytes(model)
-        self.found.contenders.append(one)
-
     def _race(
-        self, what: str, models: Mapping[str, Any], rivals: Rivals, tokens: int, batch: int, threads: int
-    ) -> None:
+        self,
+        what: str,
+        models: Mapping[str, Any],
+        rivals: Sequence[Rival],
+        tokens: int,
+        batch: int,
+        threads: int,
+        known: Mapping[str, float],
+    ) -> Race:
         runners: dict[str, list[Callable[[], object]]] = {}
         prepare: dict[str, Callable[[], object]] = {}
         turns, clock, ids = Turns(), WorkClock(), torch.zeros(0)
@@ -267,17 +258,24 @@ class _Bench:
                 runners[name], prepare[name] = [step], partial(_both, step.again, settle)
             else:
                 runners[name], prepare[name] = [partial(generate, model, ids, 1)], settle
-        for rival in rivals.found:
+        for rival in rivals:
             name = rival.contender.name
             runners[name], prepare[name] = [rival.runner(what, ids, clock)], turns.of(rival.process.name)
-        seen = race(
-            runners, prepare=prepare, budget_s=self.settings.race_s, min_rounds=ROUNDS, retire=False, clock=clock
-        )
+        budget: Any = {"budget_s": self.settings.race_s, "min_rounds": ROUNDS, "retire": False}
+        seen = race(runners, prepare=prepare, known=known, clock=clock, **budget)
         for name in seen.names:
             median, made = seen.median(name), batch if what == "decode" else tokens
             ratios = {other: seen.ratio(other, name) for other in seen.names if other != name}
             timing = Timing(what, tokens, batch, threads, name, median * 1e3, seen.rounds, made / median, ratios)
             self.found.times.append(timing)
+        return seen
+
+
+def leading(rivals: Sequence[Rival], seen: Race) -> list[Rival]:
+    """Return the rivals that were not far behind the fastest of them: the others need not read the longest prompts."""
+    times = {rival.contender.name: seen.median(rival.contender.name) for rival in rivals}
+    best = min(times.values(), default=0.0)
+    return [rival for rival in rivals if times[rival.contender.name] <= FAR_BEHIND * best]
 
 
 def _both(first: Callable[[], object], second: Callable[[], object]) -> None:

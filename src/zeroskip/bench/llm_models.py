@@ -31,7 +31,6 @@ __all__ = [
     "footprint",
     "generate",
     "held_bytes",
-    "narrowest",
     "prompt",
     "random_model",
     "without_data",
@@ -63,17 +62,18 @@ def random_model(shape: str, layers: int | None) -> Any:
         return LlamaForCausalLM(config)
 
 
-def without_data(recipe: str, model: nn.Module) -> list[dict[str, Any]]:
+def without_data(recipe: str, model: nn.Module, given: Mapping[str, Any] = DEFAULTS) -> list[dict[str, Any]]:
     """Return the recipes that, one after the other, leave zeros and integers of the same kind without calibration.
 
-    Zeros are chosen by `magnitude` and weights rounded by `rtn`: right for speed and size, not for quality.
+    `given` are the arguments of `prune` beside the recipe. Zeros are chosen by `magnitude` and weights rounded by
+    `rtn`: right for speed and size, not for quality.
 
     Raises
     ------
     ZeroskipError
         Where a budget decides how many zeros a layer gets.
     """
-    plan = Plan.of(Recipe.read(DEFAULTS, recipe), model)
+    plan = Plan.of(Recipe.read(given, recipe), model)
     if plan.free:
         raise ZeroskipError(f"{recipe}: a budget shares out its zeros, which needs data: give --calibration FILE")
     zeros: dict[str, list[str]] = {}
@@ -93,16 +93,14 @@ def without_data(recipe: str, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def narrowest(steps: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the narrowest integers that recipes round to, None if none does."""
-    parts = [part for step in steps for part in (step, *step.get("rules", ()))]
-    return min((str(part["values"]) for part in parts if part.get("values")), default=None)  # "int4" before "int8"
-
-
 def prompt(model: Any, tokens: int, batch: int) -> Tensor:
-    """Return random ids, [batch, tokens] int64, the same for every model of a vocabulary."""
+    """Return random ids, [batch, tokens] int64, the same for every model of a vocabulary.
+
+    All rows are alike but for their last token: a benchmark reads the prompt once and copies its keys and values.
+    """
     draw = torch.Generator().manual_seed(tokens)
-    return torch.randint(0, int(model.config.get_text_config().vocab_size), (batch, tokens), generator=draw)
+    ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (tokens - 1 + batch,), generator=draw)
+    return torch.cat([ids[: tokens - 1].expand(batch, -1), ids[tokens - 1 :, None]], 1)
 
 
 def generate(model: Any, ids: Tensor, new_tokens: int) -> object:
@@ -121,11 +119,12 @@ def generate(model: Any, ids: Tensor, new_tokens: int) -> object:
 
 
 class Step:
-    """Decodes one token for each of some sequences; `again` takes it back."""
+    """Decodes one token for each row of `ids` [batch, tokens], after the first row; `again` takes it back."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.last = model, ids[:, -1:]
-        self.filled = model(ids, use_cache=True).past_key_values
+        self.filled = model(ids[:1], use_cache=True, **last_only(model)).past_key_values
+        self.filled.batch_repeat_interleave(len(ids))
         self.again()
 
     def again(self) -> None:
@@ -134,6 +133,11 @@ class Step:
 
     def __call__(self) -> object:
         return self.model(self.last, past_key_values=self.cache, use_cache=True)
+
+
+def last_only(model: Any) -> dict[str, int]:
+    """Return what tells a model to compute the logits of the last token only, where it can be told."""
+    return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
 
 def held_bytes(model: nn.Module) -> int:

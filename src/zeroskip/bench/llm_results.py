@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
+from zeroskip.bench.llm_products import PRODUCTS_LEGEND, Products, products_table
 from zeroskip.bench.llm_steps import PROFILE_LEGEND, StepProfile, profile_table
+from zeroskip.bench.llm_summary import Line, summary_table
 from zeroskip.bench.timer import Ratio
 from zeroskip.planning.report import human_bytes, table
 
 __all__ = ["Contender", "Footprint", "LlmTable", "Timing"]
 
-SCHEMA = 2
+SCHEMA = 3
 LEGEND = (
     "first token: a warm model's `generate` of one token after a prompt; decode: one step of all sequences, with the "
     "keys and values of the shortest prompt",
@@ -128,6 +130,10 @@ class LlmTable:
     missing : {peer: why it did not take part}
     profiles : list of StepProfile
         Of a decode step of each model in this process.
+    products : Products or None
+        The linear layers alone.
+    summary : list of Line
+        Each of ours against the best of its rivals.
     """
 
     model: str
@@ -138,6 +144,8 @@ class LlmTable:
     times: list[Timing] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     profiles: list[StepProfile] = field(default_factory=list)
+    products: Products | None = None
+    summary: list[Line] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -150,9 +158,14 @@ class LlmTable:
             lines += [f"{what}, {tokens} tokens, batch {batch}, threads {threads}", *self._race(list(group)), ""]
         if self.profiles:
             lines += ["one decode step", *profile_table(self.profiles), ""]
-        lines += [*LEGEND, *(PROFILE_LEGEND if self.profiles else ())]
+        if self.products is not None:
+            lines += ["linear layers alone", *products_table(self.products), ""]
+        if self.summary:
+            lines += ["against the best", *summary_table(self.summary), ""]
+        lines += [*LEGEND, *(PROFILE_LEGEND if self.profiles else ()), *(PRODUCTS_LEGEND if self.products else ())]
         lines += [f"{each.name} has no times: {each.problem}" for each in self.contenders if each.problem]
-        lines += [f"missing: {name}: {why}" for name, why in self.missing.items()]
+        missing = {**self.missing, **(self.products.missing if self.products else {})}
+        lines += [f"missing: {name}: {why}" for name, why in missing.items()]
         return "\n".join(lines)
 
     def _models(self) -> list[str]:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from zeroskip.bench import peers
+from zeroskip.bench.llm_make import DENSE
 from zeroskip.bench.llm_results import Contender, Footprint
+from zeroskip.bench.llm_work import Work
 from zeroskip.bench.peers.environments import missing
 from zeroskip.bench.peers.remote import WORKER, PeerError, PeerProcess, WorkClock
 
@@ -114,14 +116,12 @@ class Rivals:
     ----------
     names, modes : sequence of str
         Peers; which of their modes, all if empty.
-    source : Path
-        The dense model in bf16, as a Hugging Face directory.
-    folder : Path
-        Each peer's files go to its own folder there.
+    work : Work
+        Holds the dense model in bf16; each peer's files go to its own folder there.
     """
 
-    def __init__(self, names: Sequence[str], modes: Sequence[str], source: Path, folder: Path) -> None:
-        self.names, self.modes, self.source, self.folder = names, modes, source, folder
+    def __init__(self, names: Sequence[str], modes: Sequence[str], work: Work) -> None:
+        self.names, self.modes, self.work = names, modes, work
         self.found: list[Rival] = []
         self.missing: dict[str, str] = {}
         self._processes: dict[str, ModelProcess] = {}
@@ -133,7 +133,23 @@ class Rivals:
         for process in self._processes.values():
             process.__exit__(kind, error, at)
 
-    def make(self, ids: Tensor, logits: Tensor, threads: int) -> list[Contender]:
+    def make(self) -> None:
+        """Have the files of those that can take part written, where they are not there; what cannot is in `missing`."""
+        for name in self.names:
+            why = why_not(name)
+            if why is not None:
+                self.missing[name] = why
+                continue
+            process = self._processes[name] = ModelProcess(name)
+            process.__enter__()
+            if self.work.peer(name) is not None:
+                continue
+            try:
+                self.work.add_peer(name, process.make(self.work.place(DENSE), self._files(name)))
+            except PeerError as error:
+                self.missing[name] = str(error)
+
+    def open(self, ids: Tensor, logits: Tensor, threads: int) -> list[Contender]:
         """Have every model written, measured alone, and opened.
 
         Parameters
@@ -147,18 +163,14 @@ class Rivals:
         list of Contender
             Those that take part; what does not is in `missing`.
         """
-        for name in self.names:
-            why = why_not(name)
-            if why is not None:
-                self.missing[name] = why
+        self.make()
+        for name, process in self._processes.items():
+            sizes = self.work.peer(name)
+            if name in self.missing or sizes is None:
                 continue
-            process = self._processes[name] = ModelProcess(name)
-            process.__enter__()
-            into = self.folder / f"{name} files"
             try:
-                sizes = process.make(self.source, into)
                 wanted = [mode for mode in sizes if not self.modes or mode in self.modes]
-                rivals = [self._open(name, process, mode, sizes[mode], into, ids, logits, threads) for mode in wanted]
+                rivals = [self._open(name, process, mode, sizes[mode], ids, logits, threads) for mode in wanted]
                 errors = [r.contender.logits_error for r in rivals if r.contender.logits_error is not None]
                 if errors and min(errors) > WRONG:
                     raise PeerError(f"the best of its logits are off by {min(errors):.2g} of the largest")
@@ -171,7 +183,10 @@ class Rivals:
         """Load all of them anew for another number of threads."""
         for rival in self.found:
             rival.process.shut(rival.mode)
-            rival.process.open(rival.mode, self.folder / f"{rival.process.name} files", threads)
+            rival.process.open(rival.mode, self._files(rival.process.name), threads)
+
+    def _files(self, name: str) -> Path:
+        return self.work.place(f"{name} files")
 
     def _open(
         self,
@@ -179,12 +194,11 @@ class Rivals:
         process: ModelProcess,
         mode: str,
         nbytes: int,
-        into: Path,
         ids: Tensor,
         logits: Tensor,
         threads: int,
     ) -> Rival:
-        one = Contender(f"{name} {mode}", "rival", mode, disk_bytes=nbytes)
+        one, into = Contender(f"{name} {mode}", "rival", mode, disk_bytes=nbytes), self._files(name)
         started = time.perf_counter()
         with ModelProcess(name) as alone:
             alone.version()

@@ -12,6 +12,7 @@ import torch
 from zeroskip.bench import peers
 from zeroskip.bench.llm_models import SHAPES
 from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.planning.plan import check_prefer
 from zeroskip.prune import Recipe
 from zeroskip.prune.recipe import DEFAULTS
 
@@ -50,6 +51,14 @@ class Settings:
         In which of them the dense model races in torch.
     profile, compiled : bool
         Take a decode step of every model apart; also under torch.compile with a static cache.
+    products : bool
+        Race the linear layers alone, too; with the 4-bit products of peers that run no whole models.
+    prefer : "speed" or "bytes"
+        As for `zeroskip.compile`.
+    embeddings, group_size : str or None, int or None
+        "int8", "int4" or "none", and 32, 64 or 128, replace what the recipes say.
+    make_only : bool
+        Measure nothing: only prune, and have the peers' files written, for a later run in the same folder.
     """
 
     model: Path | None = None
@@ -69,6 +78,11 @@ class Settings:
     dense: tuple[str, ...] = ("fp32", "bf16")
     profile: bool = False
     compiled: bool = False
+    products: bool = False
+    prefer: str = "speed"
+    embeddings: str | None = None
+    group_size: int | None = None
+    make_only: bool = False
 
     def __post_init__(self) -> None:
         if (self.model is None) == (not self.shape):
@@ -94,7 +108,8 @@ class Settings:
         if not names or len(names) > len(set(names)):
             raise ZeroskipError(f"recipes {', '.join(names) or 'are none'}: give each once, and at least one")
         for recipe in self.recipes:
-            Recipe.read(DEFAULTS, recipe)
+            Recipe.read(self.arguments, recipe)
+        check_prefer(self.prefer)
         for what, counts in {"tokens": self.tokens, "batch": self.batch, "threads": self.threads}.items():
             if not counts or min(counts) < 1:
                 raise ZeroskipError(f"{what} {counts}: give numbers of at least 1")
@@ -103,6 +118,24 @@ class Settings:
         for name in self.peers:
             if name not in peers.names():
                 raise ZeroskipError(f"unknown peer {name!r}{suggest(name, peers.names())}")
+
+    @property
+    def replaced(self) -> dict[str, Any]:
+        """The arguments of `prune` beside a recipe that are given."""
+        given = {"embeddings": self.embeddings, "group_size": self.group_size}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments of `prune` beside a recipe, as `Recipe.read` takes them."""
+        return DEFAULTS | self.replaced
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """What decides on the dense and pruned models, as plain data."""
+        given = {"model": self.model, "calibration": self.calibration}
+        paths = {name: None if path is None else str(path.resolve()) for name, path in given.items()}
+        return paths | {"shape": self.shape, "layers": self.layers, "dtype": self.dtype}
 
     def to_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -92,10 +93,22 @@ def llm(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="With --profile: also under torch.compile with a static cache.")
     ] = False,
+    products: Annotated[
+        bool, typer.Option("--products", help="Race the linear layers alone, too: in 4 bits, with peers that can.")
+    ] = False,
+    prefer: Annotated[str, typer.Option(help="speed or bytes, as for zeroskip compile.")] = "speed",
+    embeddings: Annotated[
+        str | None, typer.Option(help="What recipes round embeddings and head to: int8, int4 or none.")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = None,
     race: Annotated[float, typer.Option(metavar="SECONDS", help="Time each race for about this long.")] = 5.0,
     work: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the models here: new or empty. Default: a temporary one.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the models here; what an earlier run has made here is used again."),
     ] = None,
+    make_only: Annotated[
+        bool, typer.Option("--make-only", help="Measure nothing: only make what can be made beforehand, in --work.")
+    ] = False,
     json_path: Json = None,
 ) -> None:
     """Race language models: each recipe pruned, compiled, stored and loaded again, and the dense model in torch.
@@ -125,11 +138,18 @@ def llm(
         dense=_names(dense),
         profile=profile or compiled,
         compiled=compiled,
+        products=products,
+        prefer=prefer,
+        embeddings=embeddings,
+        group_size=group_size,
+        make_only=make_only,
     )
+    if make_only and work is None:
+        raise ZeroskipError("--make-only needs --work DIR: what it makes is for another run")
     with tempfile.TemporaryDirectory(prefix="zeroskip-llm-") as temporary, progress("language models") as advance:
         found = bench_llm(settings, work or Path(temporary), advance)
     write_json(json_path, found.to_dict())
-    say(found)
+    say(_made(found.missing, work) if make_only else found)
 
 
 @command("peers", "zeroskip bench peers --install onnxruntime", group)
@@ -171,6 +191,11 @@ def report(
     if into is not None:
         into.write_text(insert(into.read_text(encoding="utf-8"), found, details), encoding="utf-8")
     say(as_markdown(found, details) if markdown else found)
+
+
+def _made(missing: Mapping[str, str], work: Path | None) -> str:
+    left = [f"missing: {name}: {why}" for name, why in missing.items()]
+    return "\n".join([*left, f"made in {work}; next: the same command without --make-only"])
 
 
 def _names(given: str) -> tuple[str, ...]:

@@ -168,20 +168,22 @@ class LlamaModel:
         self.library.llama_model_free(self.model)
 
     def ready(self, ids: Ids, decode: bool) -> None:
-        """Make a context for prompts `ids` [batch, tokens]; with `decode` read them but for their last tokens."""
+        """Make a context for prompts `ids` [batch, tokens]; with `decode` read the first, and copy its keys."""
         self._drop()
         self.ids = ids
         batch, tokens = ids.shape
         settings = self.library.llama_context_default_params()
         settings.n_seq_max, settings.n_ctx = batch, batch * -(-(tokens + ROOM) // 256) * 256
+        settings.kv_unified = False  # each prompt has keys and values of its own
         settings.n_batch = max(tokens, batch)
         settings.n_threads = settings.n_threads_batch = self.threads
         self.context = self.library.llama_init_from_model(self.model, settings)
         if not self.context:
             raise ValueError("llama.cpp could not make a context")
         if decode:
-            for row in range(batch):
-                self._run(ids[row], np.arange(tokens), np.full(tokens, row), last_only=True)
+            self._run(ids[0], np.arange(tokens), np.zeros(tokens, np.int64), last_only=True)
+            for row in range(1, batch):
+                self.library.llama_memory_seq_cp(self.library.llama_get_memory(self.context), 0, row, -1, -1)
 
     def first(self) -> float:
         """Return the seconds from the prompt, the first of `ids`, to the logits of its next token."""
