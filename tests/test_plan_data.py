@@ -70,6 +70,10 @@ def test_plan_as_text() -> None:
     assert "2.00" in text and "1.50" in text and "strip_nm bf16: faster" in text
     assert "1.20x (1.10-1.30) at 1 token," in text and "note: a note" in text
     assert all(len(line) <= 140 for line in text.splitlines())
+    plan = a_plan()
+    plan.sites[1].pattern = "4:8@64"  # unlike the others, and alone
+    text = str(plan)
+    assert "layers.*.fc (2)" in text and "layers.1.fc " in text
 
 
 def test_plan_of_a_model_without_one() -> None:

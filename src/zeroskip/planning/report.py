@@ -22,12 +22,12 @@ def plan_table(plan: Plan) -> str:
     counts = plan.tokens.counts
     header = ["site", "shape", "zeros", "chosen", *[f"x at {t}" for t in counts], "bytes", "why"]
     reasons: dict[str, int] = {}
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for site in plan.sites:
         why = reasons.setdefault(site.reason, len(reasons) + 1)
         row = (_generic(site.name), *_cells(site, counts), f"[{why}]")
-        rows[row] = rows.get(row, 0) + 1
-    body = [[f"{name} ({count})" if count > 1 else name, *rest] for (name, *rest), count in rows.items()]
+        rows.setdefault(row, []).append(site.name)
+    body = [[_of(sites), *rest] for (_, *rest), sites in rows.items()]
     asked = f"tokens {_tokens(plan)}; precision {plan.precision or 'as in the model'}"
     asked += "; as few bytes as are nowhere slower" if plan.prefer == "bytes" else ""
     lines = [f"plan for {plan.machine}", asked, ""]
@@ -103,6 +103,11 @@ def _generic(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name)
 
 
+def _of(sites: Sequence[str]) -> str:
+    """The name of a row: that of its site, or what the names of several have in common."""
+    return f"{_generic(sites[0])} ({len(sites)})" if len(sites) > 1 else sites[0]
+
+
 def _wrap(text: str, indent: int) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
@@ -136,8 +141,8 @@ def _site_rows(answer: Analysis) -> list[list[str]]:
             cells.append((label + mark, size, *_ratios(speedups, answer.tokens.counts)))
         groups.setdefault((_generic(site.name), tuple(cells)), []).append(site.name)
     rows: list[list[str]] = []
-    for (name, (what, *each)), sites in groups.items():
-        head = [f"{name} ({len(sites)})" if len(sites) > 1 else name, *what]
+    for (_, (what, *each)), sites in groups.items():
+        head = [_of(sites), *what]
         for cells_of_layout in each:
             rows.append([*head, *cells_of_layout])
             head = ["", "", ""]
