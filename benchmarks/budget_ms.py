@@ -26,6 +26,7 @@ from torch import nn
 
 import zeroskip
 from zeroskip.bench.timer import race
+from zeroskip.calibrate import strings_of
 
 
 def one(arguments: argparse.Namespace, percent: float, budget: str) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def one(arguments: argparse.Namespace, percent: float, budget: str) -> dict[str,
         pattern=arguments.pattern,
         budget=budget,
         target=target,
-        text=arguments.text,
+        text=strings_of(arguments.text)[: arguments.strings],
         tokenizer=tokenizer,
     )
     names = [row.name for row in report.rows] + [n for n, why in report.skipped.items() if why.endswith("the budget")]
@@ -111,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="to calibrate on")
+    parser.add_argument("--strings", type=int, help="of the text, at most; a mean of squares needs few")
     parser.add_argument("--percent", nargs="+", type=float, default=[85, 70])
     parser.add_argument("--budgets", nargs="+", default=["uniform", "global"], choices=zeroskip.budgets())
     parser.add_argument("--method", default="wanda")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from zeroskip.calibrate import Batch, Collector, collect, sites_of
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.prune.budgets import Budget, Item, Target, solve
+from zeroskip.prune.budgets.costs import Cost
+from zeroskip.prune.budgets.solve import Outcome
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.plan import Plan
 from zeroskip.prune.settings import Settings
@@ -20,6 +22,9 @@ from zeroskip.prune.walk import replay_of
 __all__ = ["allocate", "allocated"]
 
 log = logging.getLogger(__name__)
+
+ROUNDS = 6  # of deciding, at most, where the answer shows what is still to be measured
+SAME = 0.01  # how far what was measured may be from what was decided by
 
 Allocation = dict[str, float | str]
 """{layer: its share of zeros, or its N:M pattern; "dense"}"""
@@ -59,9 +64,10 @@ def allocate(
     unseen = [item for item in free if budget.needs(item.settings.composition.method) and not item.stats]
     if unseen:
         log.warning("%d layers, such as %s, saw no token and get no zeros", len(unseen), unseen[0].site.name)
-    outcome = solve(budget, target, cost, [item for item in free if item not in unseen], fixed)
     made: Allocation = {item.site.name: "dense" for item in unseen}
-    for item, count in zip((item for item in free if item not in unseen), outcome.zeros, strict=True):
+    free = [item for item in free if item not in unseen]
+    outcome = _decided(budget, target, cost, free, fixed)
+    for item, count in zip(free, outcome.zeros, strict=True):
         pattern = item.settings.pattern
         of = pattern.steps
         if of is None:
@@ -73,6 +79,18 @@ def allocate(
     account |= {"dense": outcome.dense, "asked": outcome.asked, "reached": outcome.reached}
     log.info("%s %s", account, made)
     return {name: made[name] for name in plan.free}, account
+
+
+def _decided(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixed: Sequence[Item]) -> Outcome:
+    """Return the outcome that meets the target best, where the answer may show what is still to be measured."""
+    found: list[Outcome] = []
+    for _ in range(ROUNDS):
+        outcome = solve(budget, target, cost, free, fixed)
+        more = cost.checked(free, [count / item.numel for count, item in zip(outcome.zeros, free, strict=True)])
+        found.append(replace(outcome, reached=outcome.reached + more))
+        if abs(more) <= SAME * outcome.reached:
+            break
+    return min(found, key=lambda each: abs(each.reached - each.asked))
 
 
 def allocated(plan: Plan, allocation: Any) -> Plan:

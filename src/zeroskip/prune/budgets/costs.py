@@ -45,6 +45,10 @@ class Cost:
         """Return the cost of a layer at each of these shares of zeros; it never rises with them."""
         raise NotImplementedError
 
+    def checked(self, items: Sequence[Item], shares: Sequence[float]) -> float:
+        """Be told what was decided; return how much more than the sum of `of` it turns out to cost."""
+        return 0.0
+
 
 class Params(Cost):
     """Weights that are not zero."""
@@ -118,7 +122,8 @@ def example(item: Item, share: float) -> Tensor:
     pattern = item.settings.pattern
     if pattern.steps is not None:
         pattern = pattern.with_kept(round((1 - share) * pattern.steps))
-    made *= pattern.select(score, share)
+    # Rows of equal length take another time than rows of many lengths: a kernel works through each in steps.
+    made *= pattern.select(score, share, item.settings.composition.method.scope)
     return made.to(torch.bfloat16 if weight.dtype == torch.float16 else weight.dtype)
 
 
