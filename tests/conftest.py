@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from zeroskip.prune import tune
+from zeroskip.prune.learner import Learner
 
 DATA = Path(os.environ.get("ZEROSKIP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ORIGINS = {
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that run every method need not tune long."""
-    monkeypatch.setattr(tune, "STEPS", 8)
+    monkeypatch.setattr(Learner, "least", 8)
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_an_embedding_is_pruned_where_it_is_named():
 def test_tuning_moves_a_convolution_but_no_zero():
     model, given = net()
     report = prune(model, "wanda+ls+tune", sparsity=0.5, calibration=given, include="stage.1.*")
-    assert "tuning took the block's error" in report.rows[0].notes[-1]
+    assert "tuning took its error" in report.rows[0].notes[-1]
     for site in find_sites(model, include="stage.1.*"):
         assert int((site.weight() == 0).sum()) == round(site.weight().numel() * 0.5)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import batches, llama, t5
+from tiny_models import MODELS, batches, llama
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.model import find_sites
-from zeroskip.prune import Tune, methods, prune
+from zeroskip.prune import methods, prune
 from zeroskip.prune.composition import Composition
+from zeroskip.prune.learner import Learner
 
 HERE = Path(__file__).parent
 
@@ -28,7 +29,9 @@ torch.set_num_threads(1)
 from tiny_models import MODELS, batches
 from zeroskip.calibrate import journal
 from zeroskip.prune import prune
+from zeroskip.prune.learner import Learner
 
+Learner.least = 8  # as conftest.py has it
 kind, method, path, at, middle, stream = sys.argv[1:]
 real = os.replace
 
@@ -65,10 +68,12 @@ def one_thread():
         ("llama", "wanda+ls", 1, "after", False),
         ("t5", "wanda+ls", 2, "middle", False),
         ("llama", "sparsegpt+gptq", 2, "middle", True),
+        ("llama", "wanda+distill", 3, "middle", False),
+        ("bert", "wanda+tune+distill", 3, "after", False),
     ],
 )
 def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, kind, method, at, how, stream):
-    make = {"llama": llama, "t5": t5}[kind]
+    make = MODELS[kind]
     path = tmp_path / "journal"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), *sys.path])}
     run = [sys.executable, "-c", SCRIPT, kind, method, str(path), str(at), how, "yes" if stream else ""]
@@ -88,7 +93,7 @@ def test_kill_minus_nine_and_resume_gives_the_same_bits(tmp_path, one_thread, ki
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_resumes_after_any_number_of_blocks(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(sys.modules[Tune.__module__], "STEPS", 4)
+    monkeypatch.setattr(Learner, "least", 4)
     model, again, path = llama(), llama(), tmp_path / "journal"
     given = {"sparsity": 0.4, "calibration": batches("llama", 2), "journal": path}
     if not Composition.parse(method).method.chooses:

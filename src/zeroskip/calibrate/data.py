@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from zeroskip.calibrate.fp32 import to_fp32
 from zeroskip.errors import ZeroskipError
 
 __all__ = ["Batch", "read_batches"]
@@ -39,12 +41,22 @@ class Batch:
 
     def call(self, model: nn.Module) -> Any:
         """Run the model on this batch, on the device of its parameters."""
+        args, kwargs = self.moved(model)
+        return model(*args, **kwargs)
+
+    def in_fp32(self) -> Batch:
+        """The same batch with its floating-point numbers in fp32."""
+        args, kwargs = tree_map(to_fp32, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def moved(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return (args, kwargs) of the call, on the device of the model's parameters."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
         def move(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return model(*map(move, self.args), **{k: move(v) for k, v in self.kwargs.items()}, **self.extra)
+        return tuple(map(move, self.args)), {**{k: move(v) for k, v in self.kwargs.items()}, **self.extra}
 
     def visible(self, x: Tensor, arguments: Mapping[str, Any], two_towers: bool) -> Tensor | None:
         """Return which tokens of `x` are no padding: a bool mask over its leading dimensions, or None for all.

@@ -121,6 +121,10 @@ class Replay:
         finally:
             self.done.discard(block)
 
+    def finished(self, batch: Batch, record: Record) -> Any:
+        """Return what the model returns where `record` answers its blocks."""
+        return self._forward(batch, record)
+
     def call_of(self, block: Block, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return (args, kwargs) of the block's next call on batch `index`."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -140,7 +144,7 @@ class Replay:
             self.done.add(block)
             record = self._advanced(batch, record)
         self.done.clear()
-        return self._forward(batch, record)
+        return self.finished(batch, record)
 
     # How ------------------------------------------------------------------------------------------------------------
 
@@ -256,7 +260,7 @@ class Replay:
             except _Stop:
                 return None
             except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-                index = next(i for i, one in enumerate(self.batches) if one is batch)
+                index = next(i for i, one in enumerate(self.batches) if one.named is batch.named)
                 raise ZeroskipError(
                     f"the model does not run on calibration batch {index}: {first_line(error)}"
                 ) from error

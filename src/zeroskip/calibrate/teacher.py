@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from zeroskip.calibrate.fp32 import to_fp32
 from zeroskip.calibrate.replay import Block, Record, Replay
 
 __all__ = ["Lesson", "Teacher", "first_tensor"]
@@ -59,6 +60,22 @@ class Teacher:
                 mine = [output for each, output in zip(record.blocks, record.outputs, strict=True) if each is block]
                 self.targets.append(first_tensor(mine[0]) if len(mine) == 1 else None)
                 self.records[index] = record
+
+    def final(self, index: int) -> Lesson | None:
+        """Return what the dense model returns for one batch, once `learn` has seen its last block with sites.
+
+        None where that block is not called exactly once. What follows it runs as it is now, and in fp32, in which the
+        model is to be held meanwhile.
+        """
+        if self.targets[index] is None:
+            return None
+        batch = self.replay.batches[index].in_fp32()
+        record = Record(self.records[index].blocks, pytree.tree_map(to_fp32, self.records[index].outputs))
+        target = first_tensor(self.replay.finished(batch, record))
+        if target is None:
+            return None
+        args, kwargs = batch.moved(self.replay.model)
+        return Lesson(args, kwargs, target, batch.visible(target, {}, self.replay.two_towers))
 
     def lesson(self, block: Block, index: int) -> Lesson | None:
         """Return the lesson of one batch; None where the block is not called exactly once."""

@@ -86,8 +86,9 @@ def prune(
 ) -> None:
     """Prune MODEL and store it in OUT as an ordinary model with zeros in it, with report.json and report.html.
 
-    The weights of MODEL are mapped, and one block at a time is in memory. Finished blocks are kept in OUT.partial until
-    OUT is there: interrupted or killed, the same command goes on where it stopped and gives the same result.
+    The weights of MODEL are mapped, and one block at a time is in memory (with +distill all of them). Finished blocks
+    are kept in OUT.partial until OUT is there: interrupted or killed, the same command goes on where it stopped and
+    gives the same result.
     """
     from zeroskip.cli import models
     from zeroskip.io.save import check_new
@@ -132,7 +133,7 @@ def prune(
                 tokenizer=tokenizer,
                 calibration=batches,
                 journal=journal,
-                stream=True,
+                stream=not any(each.whole for each in read.methods),
                 progress=advance,
             )
         evidence.after(network, report)

@@ -18,6 +18,7 @@ from zeroskip.prune.base import Method, Problem, Solution, Solver
 from zeroskip.prune.budgets import Budget, budgets
 from zeroskip.prune.composition import Composition, methods
 from zeroskip.prune.descent import CoordinateDescent
+from zeroskip.prune.distill import Distill
 from zeroskip.prune.ls import LeastSquares
 from zeroskip.prune.patterns import Pattern
 from zeroskip.prune.recipe import Recipe
@@ -35,6 +36,7 @@ __all__ = [
     "Composition",
     "CoordinateDescent",
     "DSnoT",
+    "Distill",
     "Fista",
     "Gptq",
     "Grasp",

@@ -190,21 +190,33 @@ class Solver:
 
 
 class BlockSolver:
-    """What may follow at the end of a name: it changes a whole block once its sites are pruned, never their support."""
+    """What may follow at the end of a name: it changes a whole block once its sites are pruned, never their support.
+
+    Attributes
+    ----------
+    whole : bool
+        Whether its one block is the whole model, once all blocks are pruned. Such solvers come last in a name.
+    """
 
     known: ClassVar[dict[str, type[BlockSolver]]] = {}
     name: ClassVar[str]
+    whole: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        BlockSolver.known[cls.name] = cls
+        if "name" in cls.__dict__:
+            BlockSolver.known[cls.name] = cls
 
-    def refine(self, block: Block, sites: Sequence[Site], lessons: Lessons, draw: torch.Generator) -> list[str]:
-        """Change the parameters of `block` in place; return remarks for the report.
+    def refine(
+        self, block: Block, parts: Sequence[Block], sites: Sequence[Site], lessons: Lessons, draw: torch.Generator
+    ) -> list[str]:
+        """Change parameters of `block` in place; return remarks for the report.
 
         Parameters
         ----------
+        parts : sequence of Block
+            Where something may change: the block itself, or all pruned blocks of the whole model.
         sites : sequence of Site
-            Those of the block that were pruned.
+            Those in `parts` that were pruned by a method that asks for this solver.
         lessons : sequence of callables
             Each gives a `zeroskip.calibrate.Lesson`, made anew at every call, or None.
         draw : torch.Generator

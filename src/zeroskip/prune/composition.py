@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from zeroskip.calibrate import Stat
 from zeroskip.errors import ZeroskipError, suggest
@@ -14,9 +15,10 @@ __all__ = ["Composition", "methods"]
 
 
 def methods() -> list[str]:
-    """Return the names that `prune` takes: every method alone, with every solver, and with all of them behind it."""
+    """Return the names that `prune` takes: every method alone, with every solver, and with more and more of those that
+    work on blocks."""
     plain = ["", *(f"+{name}" for name, solver in Solver.known.items() if not solver.rounds)]
-    blocks = [f"{plain[-1]}+{solver}" for solver in BlockSolver.known]
+    blocks = [plain[-1] + tail for tail in accumulate(f"+{solver}" for solver in sorted(BlockSolver.known, key=_whole))]
     codes = ["", *(f"+{solver}" for solver in Solver.known)]
     return [
         name + tail for name, kind in Method.known.items() for tail in (codes if kind.quantizes else plain + blocks)
@@ -34,7 +36,7 @@ class Composition:
 
     @staticmethod
     def parse(name: str) -> Composition:
-        """Read "method", "method+solver", or more of them, those that work on whole blocks last.
+        """Read "method", "method+solver", or more of them, then those that work on whole blocks, then on the model.
 
         Raises
         ------
@@ -45,7 +47,7 @@ class Composition:
         head = max(heads, key=len, default="")
         tails = str(name)[len(head) :].split("+")[1:]
         sites = [tail for tail in tails if tail in Solver.known]
-        blocks = [tail for tail in tails if tail in BlockSolver.known]
+        blocks = sorted((tail for tail in tails if tail in BlockSolver.known), key=_whole)
         if not head or tails != sites + blocks:
             raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
         lost = [tail for tail in sites if Solver.known[tail].rounds and not Method.known[head].quantizes]
@@ -71,6 +73,11 @@ class Composition:
         parts: list[Method | Solver] = [self.method, *self.solvers]
         return tuple(dict.fromkeys(need for part in parts for need in part.needs))
 
+    @property
+    def whole(self) -> bool:
+        """Whether a solver of it works on the whole model."""
+        return any(solver.whole for solver in self.block_solvers)
+
     def tokens_wanted(self, inputs: int) -> int:
         """Return how many calibration tokens a matrix of so many inputs should see."""
         return math.ceil(max((Stat.known[need].wants for need in self.needs), default=0.0) * inputs)
@@ -88,3 +95,7 @@ class Composition:
         if "gram" in problem.stats:
             in_range(last.weight, problem.stats["gram"], problem.name)
         return first, last
+
+
+def _whole(solver: str) -> bool:
+    return BlockSolver.known[solver].whole

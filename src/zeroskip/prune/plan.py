@@ -134,12 +134,19 @@ class Plan:
         """Whether a method looks at the whole model first."""
         return any(settings.composition.method.surveys for settings in self.settings.values())
 
-    def block_solvers(self, sites: Sequence[Site]) -> list[tuple[BlockSolver, list[Site]]]:
-        """Return what works on whole blocks, each with those of the sites that asked for it, in their order."""
+    @property
+    def whole(self) -> bool:
+        """Whether a solver works on the whole model once all blocks are pruned."""
+        return any(settings.composition.whole for settings in self.settings.values())
+
+    def block_solvers(self, sites: Sequence[Site], whole: bool = False) -> list[tuple[BlockSolver, list[Site]]]:
+        """Return what works on blocks, or on the whole model, each with those of the sites that asked for it, in their
+        order."""
         found: dict[str, tuple[BlockSolver, list[Site]]] = {}
         for site in sites:
             for solver in self.settings[site.name].composition.block_solvers:
-                found.setdefault(solver.name, (solver, []))[1].append(site)
+                if solver.whole == whole:
+                    found.setdefault(solver.name, (solver, []))[1].append(site)
         return list(found.values())
 
     def survey(self, model: nn.Module, batches: list[Batch], loss: Loss | None) -> dict[str, dict[str, Tensor]]:

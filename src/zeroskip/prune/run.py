@@ -152,6 +152,10 @@ def prune(
     asked = Recipe.read(given, recipe)
     model = unwrapped(model)
     plan = Plan.of(asked, model)
+    if stream and plan.whole:
+        raise ZeroskipError(
+            f"stream=True keeps one block in memory, and {plan.names} works on all of them at the end: leave one out"
+        )
     batched = any(settings.composition.method.batched for settings in plan.settings.values())
     if loss is not None and not batched:
         raise ZeroskipError(f"loss= is for methods that need gradients, which {plan.names} does not: leave it out")
@@ -167,7 +171,7 @@ def prune(
 
     batches: list[Batch] = []
     if plan.needs_data or curious or ((plan.surveys or shared) and calibration is not None):
-        one_logit = not plan.surveys and not plan.needs_head
+        one_logit = not plan.surveys and not plan.needs_head and not plan.whole
         batches = read_batches(model, calibration, one_logit)
     with _evaluating(model), ExitStack() as ending:
         book = Journal(journal, model, plan.recipe, batches) if journal is not None else None

@@ -87,8 +87,8 @@ class Walk:
         late = alone([], [site for site in sites if site.name not in reached])
         rest = [block for block in late if self._free(block)]
         start, stop = len(first), len(first) + last + 1
-        total = stop + len(rest)
-        teacher = Teacher(replay) if plan.block_solvers(sites) else None
+        total = stop + len(rest) + plan.whole
+        teacher = Teacher(replay) if plan.block_solvers(sites) or plan.whole else None
         self._plainly(first, 0, total)
         for index, block in enumerate(replay.order[: last + 1], start):
             self._tell(index, total, block)
@@ -111,6 +111,8 @@ class Walk:
             if index < stop - 1:
                 replay.advance(block)
         self._plainly(rest, stop, total)
+        if teacher is not None and plan.whole:
+            self._whole(replay, sites, teacher, total)
         self._tell(total, total, None)
         done = {row.name for row in self.report.rows}
         for site in sites:
@@ -158,7 +160,8 @@ class Walk:
         if not sites:
             return {}
         needs = {site.name: self.plan.settings[site.name].composition.needs for site in sites}
-        seen = collect(replay, block, sites, needs, most=STATISTICS if self.plan.block_solvers(sites) else None)
+        learning = self.plan.whole or self.plan.block_solvers(sites)
+        seen = collect(replay, block, sites, needs, most=STATISTICS if learning else None)
         return {name: (tokens, stats | self.found.get(name, {})) for name, (tokens, stats) in seen.items()}
 
     def _pruned(self, sites: list[Site], seen: Seen) -> list[Row]:
@@ -181,7 +184,24 @@ class Walk:
         draw = self._draw(block)
         lessons = [partial(teacher.lesson, block, index) for index in range(len(replay.batches))]
         found = self.plan.block_solvers(sites)
-        return [note for solver, theirs in found for note in solver.refine(block, theirs, lessons, draw)]
+        return [note for solver, theirs in found for note in solver.refine(block, [block], theirs, lessons, draw)]
+
+    def _whole(self, replay: Replay, sites: list[Site], teacher: Teacher, total: int) -> None:
+        """Let solvers of the whole model work on it, as the last of `total` steps."""
+        every = Block("", self.model, "")
+        self._tell(total - 1, total, every)
+        notes = self._recalled(total - 1, [])
+        if notes is None:
+            lessons = [partial(teacher.final, index) for index in range(len(replay.batches))]
+            done = {row.name for row in self.report.rows}
+            notes, changed = [], []
+            for solver, theirs in self.plan.block_solvers([s for s in sites if s.name in done], whole=True):
+                parts = [block for block in replay.order if sites_of(block, theirs)]
+                notes += solver.refine(every, parts, theirs, lessons, self._draw(every))
+                changed += parts
+            self._record(total - 1, changed, {}, notes)
+        for row in self.report.rows[:1]:
+            row.notes += notes
 
     def _own(self, block: Block, sites: list[Site]) -> None:
         """Streaming, give a block memory of its own, because pages of a mapped file stay there once written to."""
@@ -190,16 +210,21 @@ class Walk:
                 parameter.data = parameter.data.clone()
 
     def _resumed(self, index: int, sites: list[Site]) -> bool:
-        """Write the parameters that the journal holds for this block, if it does."""
+        """Take a block from the journal, if it is there, and its rows into the report."""
+        rows = self._recalled(index, sites)
+        self.report.rows += [Row(**row) for row in rows or ()]
+        return rows is not None
+
+    def _recalled(self, index: int, sites: list[Site]) -> Any:
+        """Write the parameters that the journal holds for a step and return what was said of it, or None."""
         found = self.journal.load(index) if self.journal is not None else None
         if found is None:
-            return False
-        values, scales, rows = found
+            return None
+        values, scales, said = found
         self._put(values)
         for site in sites:
             site.keep_scales(scales.get(site.name))
-        self.report.rows += [Row(**row) for row in rows]
-        return True
+        return said
 
     def _put(self, values: Mapping[str, Tensor]) -> None:
         """Give parameters the values of a finished block; streaming, the mapped tensors themselves."""
@@ -212,16 +237,20 @@ class Walk:
                     parameter.copy_(value)
 
     def _finish(self, index: int, block: Block, sites: list[Site], rows: list[Row]) -> None:
-        """Record a finished block: its parameters, and the scales of the sites that are quantised."""
-        if self.journal is not None:
-            inside = {id(parameter) for parameter in block.module.parameters()} if rows else set()
-            values = {name: value.detach() for name, value in self.model.named_parameters() if id(value) in inside}
-            scales = {site.name: site.scales for site in sites if site.scales is not None}
-            self.journal.record(index, values, scales, [asdict(row) for row in rows])
-            found = self.journal.load(index) if self.stream else None
-            if found is not None:
-                self._put(found[0])
+        """Record a finished block, and take its rows into the report."""
+        scales = {site.name: site.scales for site in sites if site.scales is not None}
+        self._record(index, [block] if rows else [], scales, [asdict(row) for row in rows])
+        found = self.journal.load(index) if self.journal is not None and self.stream else None
+        if found is not None:
+            self._put(found[0])
         self.report.rows += rows
+
+    def _record(self, index: int, blocks: Sequence[Block], scales: Mapping[str, Tensor], said: Any) -> None:
+        """Write the parameters of these blocks into the journal, with the scales of the sites that are quantised."""
+        if self.journal is not None:
+            inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+            values = {name: value.detach() for name, value in self.model.named_parameters() if id(value) in inside}
+            self.journal.record(index, values, scales, said)
 
 
 def replay_of(model: nn.Module, blocks: list[Block], sites: Sequence[Site], batches: list[Batch], seed: int) -> Replay:
