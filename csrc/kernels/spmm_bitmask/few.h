@@ -10,6 +10,11 @@
 //
 // A unit's rows pass over a step of columns whose x fits L1 before the next step begins; the sums wait in scratch, one
 // vector each, and their lanes are added at the end.
+//
+// How far ahead to fetch (Xeon with AVX-512, no AMX; 4096 x 4096, 50 %, bf16, one token, from memory): values 4096
+// bytes and bits 512 bytes ahead are 1.06 to 1.07 times as fast as values alone 1024 bytes ahead with one thread, 1.12
+// with two; 2048 bytes a little less, fetching into L2 only the same. That is about two rows, so memory goes on
+// while a row ends.
 #pragma once
 #include "kernels/spmm_bitmask/poison.h"
 #include "panel/epilogue.h"
@@ -20,9 +25,10 @@ namespace bitmask {
 
 using simd::f32;
 constexpr int64_t kUnitRows = 32;
-constexpr int64_t kAtOnce = 8;         // tokens of one expansion
-constexpr int64_t kStepFloats = 4096;  // x of one step: 16 KB
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kAtOnce = 8;                 // tokens of one expansion
+constexpr int64_t kStepFloats = 4096;          // x of one step: 16 KB
+constexpr bool kFar = simd::kRegisters == 32;  // how far ahead to fetch: measured on each kind of row
+constexpr int64_t kPrefetchBytes = kFar ? 4096 : 1024, kPrefetchBits = 512;
 
 inline int64_t flags_bytes(int64_t tokens) { return (tokens + 63) / 64 * 64; }
 template <typename X>
@@ -117,6 +123,7 @@ const Value* multiply_words(const uint32_t* bits, int64_t words, const Value* va
   for (int t = 0; t < kTokens; ++t) acc[0][0][t] = simd::load(reinterpret_cast<float*>(sums + t));
   const auto step = [&](int64_t w, f32(&into)[kSets][kTokens]) __attribute__((always_inline)) {
     __builtin_prefetch(reinterpret_cast<const uint8_t*>(values) + kPrefetchBytes);
+    if (kFar && w % 4 == 0) __builtin_prefetch(reinterpret_cast<const uint8_t*>(bits + w) + kPrefetchBits);
     for (int i = 0; i < kRuns; ++i) {
       const uint32_t run = bits[w] >> i * (kRun % 32) & kRunBits;
       multiply_run<kTokens, kSets>(values, run, x + w * 32 + i * kRun, stride, into);

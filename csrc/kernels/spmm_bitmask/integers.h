@@ -23,12 +23,17 @@
 // weight, and 0.14 for the shorter chunk of each pair: 3.4 against 4.25 of dense int4, so at most 1.25 times as fast;
 // int8 5.25 against 8.25 bits, 1.57.
 //
-// By llvm-mca (Sapphire Rapids) 128 columns of one token take 7.9 cycles for int4 (groups of 32, 64, 128: 8.1, 7.9,
-// 7.5) and 8.7 for int8: 45 and 41 billion weights a second at 2.8 GHz, which would be 19 and 27 GB/s; memory feeds a
-// core 13 to 16. What that took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
+// 128 columns of one token take 7.8 cycles for int4 (groups of 32, 64, 128: 8.8, 7.8, 7.2) and 7.2 to 7.9 for int8, as
+// llvm-mca says (Xeon with AVX-512, no AMX, 3.07 GHz, weights in L1 or L2): 50 and 52 billion weights a second, or 21
+// and 34 GB/s. Ending a row and making its products of scales takes about 100 cycles more, half as much again for a row
+// of 4096. What 7.8 cycles took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
 // scale, instead of a shift (half a cycle more); expanding over the code of zero instead of into zeros and subtracting
 // under the mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a
-// masked move and a product more a chunk. 2, 4 and 8 tokens take 11, 20 and 41 cycles.
+// masked move and a product more a chunk. 8 tokens take 36 cycles.
+//
+// Codes 4096 bytes and bits and scales 512 bytes ahead are fetched, which is 1.10 to 1.13 times as fast as codes alone
+// 1024 bytes ahead, with one thread and with two (4096 x 4096, 50 %, from memory). What did not pay: two rows in turns
+// (slower), loading the shared bytes of int4 once for both nibbles (the same).
 //
 // AVX2 has no expansion; shuffles from a table stand for it, 10 operations for 16 columns, and the loop is bound by
 // them, not by memory. What was tried (Zen 4 without AVX-512, 2048 x 2048, 50 %, one token, one thread, cold, medians
@@ -55,10 +60,11 @@ namespace integers {
 using simd::f32;
 using zs::Values;
 constexpr int64_t kUnitRows = 32;
-constexpr int64_t kAtOnce = 8;           // tokens of one expansion
-constexpr int64_t kStepBytes = 8192;     // q of one step; the starts may take as much again
-constexpr int64_t kPassBytes = 1 << 20;  // packed x of one pass: an L2
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kAtOnce = 8;                 // tokens of one expansion
+constexpr int64_t kStepBytes = 8192;           // q of one step; the starts may take as much again
+constexpr int64_t kPassBytes = 1 << 20;        // packed x of one pass: an L2
+constexpr bool kFar = simd::kRegisters == 32;  // how far ahead to fetch: measured on each kind of row
+constexpr int64_t kPrefetchBytes = kFar ? 4096 : 1024, kPrefetchBits = 512, kPrefetchScales = 512;
 constexpr int64_t kPair = 128;
 
 inline int64_t columns(const zs::Header& header) { return bitmask::words(header) * 32; }
@@ -155,8 +161,10 @@ inline void multiply_scales(const zs::Weight& weight, int64_t row, int64_t first
   const int64_t all = panel::groups(weight.header);
   const auto type = static_cast<zs::Type>(weight.header.scales);
   const uint8_t* scales = weight.section[bitmask::kScalesSection];
+  const int64_t size = type == zs::Type::fp32 ? 4 : 2;
   for (int64_t g = 0; g < count; g += simd::kLanes) {
     const int64_t left = all - first - g, here = count - g;
+    if (kFar) __builtin_prefetch(scales + (row * all + first + g) * size + kPrefetchScales);
     f32 w = simd::zero();
     if (left >= simd::kLanes)
       w = panel::load_as(scales, row * all + first + g, type);
@@ -188,6 +196,7 @@ const uint8_t* multiply_pairs(const uint32_t* bits, int64_t first, int64_t count
   const uint8_t* starts = reinterpret_cast<const uint8_t*>(x.starts + first * kStarts);
   for (int64_t p = 0; p < count; ++p) {
     __builtin_prefetch(codes + kPrefetchBytes);
+    if (kFar) __builtin_prefetch(reinterpret_cast<const uint8_t*>(bits + (first + p) * 4) + kPrefetchBits);
     simd::Chunk chunks[2];
     simd::expand_pair<kValues, kGroup>(bits + (first + p) * 4, codes, chunks);
     for (int t = 0; t < kTokens; ++t)
