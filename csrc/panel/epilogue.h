@@ -94,5 +94,15 @@ inline void finish(const zs::Call& call, int64_t token, int64_t row, int64_t row
   __builtin_memcpy(static_cast<uint8_t*>(call.y) + at * size, full, rows * size);
 }
 
+// The same of `count` tokens: sums [count][kPanel]. Not inlined into the loops: they would lose their registers.
+__attribute__((noinline)) void finish_tokens(const zs::Call& call, int64_t token, int64_t count, int64_t row,
+                                             int64_t rows, const float* sums) {
+  for (int64_t t = 0; t < count; ++t) {
+    f32 one[zs::kPanel / simd::kLanes];
+    for (int v = 0; v < zs::kPanel / simd::kLanes; ++v) one[v] = simd::load(sums + t * zs::kPanel + v * simd::kLanes);
+    finish(call, token + t, row, rows, one);
+  }
+}
+
 }  // namespace panel
 }  // namespace

@@ -119,7 +119,10 @@ inline void multiply_codes(const zs::Call& call, const Codes& panel, const uint8
             simd::fma(simd::mul(simd::to_f32(acc[t][v]), scale), simd::set(x_scales[g * kTokens + t]), sums[t][v]);
     }
   }
-  for (int t = 0; t < kTokens; ++t) finish(call, token + t, panel.first_row, panel.rows, sums[t]);
+  alignas(64) float tile[kTokens][zs::kPanel];
+  for (int t = 0; t < kTokens; ++t)
+    for (int v = 0; v < kVectors; ++v) simd::store(tile[t] + v * simd::kLanes, sums[t][v]);
+  finish_tokens(call, token, kTokens, panel.first_row, panel.rows, tile[0]);
 }
 
 // `count` (<= kTokens) tokens: the compile-time number is found by descent.

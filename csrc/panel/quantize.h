@@ -22,7 +22,7 @@ inline int64_t groups(const zs::Header& header) { return (header.k + header.grou
 
 // q[0 .. size) from the `count` (1 to size) activations at x[at]; the rest becomes 0.
 inline Quantized quantize_group(const void* x, int64_t at, int64_t count, int64_t size, zs::Type type, int8_t* q) {
-  alignas(64) float values[kLargestGroup], lanes[simd::kLanes];
+  alignas(64) float values[kLargestGroup];
   simd::f32 most = simd::zero(), poison = simd::zero();
   for (int64_t i = 0; i < size; i += simd::kLanes) {
     simd::f32 v = simd::zero();
@@ -34,9 +34,7 @@ inline Quantized quantize_group(const void* x, int64_t at, int64_t count, int64_
     most = simd::max(most, simd::abs(v));
     poison = simd::fma(v, simd::zero(), poison);  // 0, or NaN from Inf and NaN
   }
-  simd::store(lanes, most);
-  float largest = lanes[0];
-  for (int i = 1; i < simd::kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  const float largest = simd::largest(most);
   const bool any = largest > 1e-36f;
   const simd::f32 inverse = simd::set(any ? 127.0f / largest : 0.0f);
   simd::f32 total = simd::zero();

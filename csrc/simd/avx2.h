@@ -85,6 +85,11 @@ inline Lanes choose(uint32_t bits) {
 }
 inline f32 expand(f32 v, const Lanes& chosen) { return _mm256_permutevar8x32_ps(v, chosen.ranks); }
 inline f32 load_chosen(const float* p, const Lanes& chosen) { return _mm256_maskload_ps(p, chosen.ranks); }
+inline float largest(f32 v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 inline float sum(f32 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -61,6 +61,12 @@ struct Lanes {
 inline Lanes choose(uint32_t bits) { return {static_cast<__mmask16>(bits), _mm_popcnt_u32(bits & 0xFFFF)}; }
 inline f32 expand(f32 v, const Lanes& chosen) { return _mm512_maskz_expand_ps(chosen.mask, v); }
 inline f32 load_chosen(const float* p, const Lanes& chosen) { return _mm512_maskz_loadu_ps(chosen.mask, p); }
+inline float largest(f32 v) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xFF, v, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 inline float sum(f32 v) {
   // With a full mask, since GCC 12 warns of its own plain extract and of _mm512_reduce_add_ps.
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(0xFF, v, 1));

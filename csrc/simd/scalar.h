@@ -126,6 +126,10 @@ inline Lanes choose(uint32_t bits) {
 }
 inline f32 expand(f32 v, const Lanes& chosen) { return __builtin_shuffle(v, chosen.from); }
 inline f32 load_chosen(const float* p, const Lanes& chosen) { return (f32)((u32)load(p) & chosen.mask); }
+inline float largest(f32 v) {
+  const float low = v[0] > v[2] ? v[0] : v[2], high = v[1] > v[3] ? v[1] : v[3];
+  return low > high ? low : high;
+}
 inline float sum(f32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 }  // namespace simd
