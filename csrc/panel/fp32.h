@@ -28,8 +28,8 @@
 // a token. Together `dense` bf16 at 32, 128, 512 tokens, 2048 x 2048: 73, 72, 70 % before, 78, 80 to 87, 84 to 88 %
 // now; `strip_nm` 2:4@64 69, 67, 60 % before, 76, 79, 75 % now; 1:4@64 65, 63, 44 % before, 72, 69, 65 % now; fp32 75,
 // 87, 79 % before and 75, 87, 88 % now. Stretches of 384 and 512 columns are alike, 256 takes 0.95 times and 160 0.9
-// times the speed. Six or seven tokens by four panels: as fast for bf16 as widening at 512 tokens, slower elsewhere;
-// 24 and 28 tokens by one panel, half as fast.
+// times the speed. Six or seven tokens by four panels without widening reach 1.05 to 1.2 of before at 512 tokens, so
+// less than this, and fp32 loses a fifth with seven; 24 and 28 tokens by one panel are half as fast.
 //
 // Every output is one chain of additions in column order, whatever the block, so results depend neither on the number
 // of threads nor on what else is in the batch.
