@@ -18,6 +18,7 @@ from zeroskip.bench.suites import Transformer
 from zeroskip.errors import ZeroskipError
 from zeroskip.nn import PackedLinear
 from zeroskip.prune import prune, recipes
+from zeroskip.prune.recipe import DEFAULTS
 
 TINY = Transformer("tiny", 2, 128, 128, 64, 192)
 ALONE = Footprint(2.0, 0.5, 0.25, 300_000_000, 500_000_000)
@@ -78,7 +79,7 @@ def test_a_model_is_measured_with_its_rivals_and_what_is_missing_is_named(quick,
 
 def test_zeros_and_integers_of_the_recipe_are_there_without_data(quick):
     model = random_model("llama-1b", None)
-    steps = without_data("llm-int4-50", model)
+    steps = without_data("llm-int4-50", model, DEFAULTS | {"group_size": 64})
     for step in steps:
         prune(model, recipe=step)
     proj = model.model.layers[0].mlp.down_proj
@@ -191,7 +192,7 @@ def test_models_that_are_not_causal_or_have_no_room_are_refused(quick, endless, 
     told = refused("bench", "llm", "--model", encoder, "--tokens", "8", "--work", work)
     assert "no causal language model" in told and not work.exists()
     assert "knows 128 positions" in refused("bench", "llm", "--model", endless, "--tokens", "121")
-    assert "not an empty directory" in refused("bench", "llm", "--model", endless, "--work", tmp_path)
+    assert "not an empty directory" in refused("bench", "llm", "--model", endless, "--tokens", "8", "--work", tmp_path)
     text = tmp_path / "text.txt"
     text.write_text("read the file")
     told = refused("bench", "llm", "--model", endless, "--tokens", "8", "--text", text, "--context", "500")

@@ -22,16 +22,16 @@ ABOUT = {"model": None, "shape": "llama-1b", "layers": 2, "dtype": "fp32"}
 
 def test_a_folder_is_gone_on_with_only_if_its_models_are_those_asked_for(tmp_path):
     work = Work(tmp_path / "work", ABOUT)
-    assert work.pruned("a", {}) is None and work.peer("llama_cpp") is None
+    assert work.model("a", {}) is None and work.peer("llama_cpp") is None
     work.place("a").mkdir()
-    work.add_pruned("a", {"include": ("x",)}, [{"method": "rtn"}])
+    work.add_model("a", {"include": ("x",)}, [{"method": "rtn"}])
     work.add_peer("llama_cpp", {"q4_0": 7})
     again = Work(tmp_path / "work", ABOUT)
-    assert again.pruned("a", {"include": ["x"]}) == [{"method": "rtn"}] and again.peer("llama_cpp") == {"q4_0": 7}
-    assert again.pruned("b", {"include": ["x"]}) is None
-    assert again.pruned("a", {"include": ["x"], "group_size": 128}) is None, "something else is asked for"
+    assert again.model("a", {"include": ["x"]}) == [{"method": "rtn"}] and again.peer("llama_cpp") == {"q4_0": 7}
+    assert again.model("b", {"include": ["x"]}) is None
+    assert again.model("a", {"include": ["x"], "group_size": 128}) is None, "something else is asked for"
     again.cleared("a")
-    assert again.pruned("a", {"include": ["x"]}) is None, "the model is gone"
+    assert again.model("a", {"include": ["x"]}) is None, "the model is gone"
     with pytest.raises(ZeroskipError, match="holds models of layers 2 and not 4: name another directory"):
         Work(tmp_path / "work", ABOUT | {"layers": 4})
     (tmp_path / "work" / "made.json").write_text("{")
@@ -53,9 +53,12 @@ def test_what_is_made_beforehand_is_not_made_again(tmp_path, monkeypatch):
     assert made.exit_code == 0 and f"made in {work}; next: the same command" in made.stdout
     assert "missing: llama_cpp: not installed" in made.stdout
     before = (work / "llm-int4-50 pruned" / "model.safetensors").stat().st_mtime_ns
-    for _ in range(2):  # what is compiled is made anew
-        done = cli(*words, "--prefer", "bytes", "--products", "--json", out)
+    compiled = []
+    for prefer in ("bytes", "bytes", "speed", "bytes"):
+        done = cli(*words, "--prefer", prefer, "--products", "--json", out)
         assert done.exit_code == 0, done.output
+        compiled.append((work / "llm-int4-50" / "model.safetensors").stat().st_mtime_ns)
+    assert compiled[0] == compiled[1] and len(set(compiled)) == 3
     assert (work / "llm-int4-50 pruned" / "model.safetensors").stat().st_mtime_ns == before
     told = json.loads(out.read_text())
     assert told["settings"]["prefer"] == "bytes" and told["contenders"][0]["layers"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from zeroskip.bench.llm_work import Work
 from zeroskip.compile import compile as compile_model
 from zeroskip.io import load, save
 from zeroskip.io.companions import copy_companions
+from zeroskip.planning.machine import this_machine
 from zeroskip.planning.plan import plan_of
 from zeroskip.prune import Recipe, prune
 
@@ -63,30 +66,46 @@ class Maker:
         It is in the dtype of the source, as `zeroskip prune` stores it.
         """
         place, asked = f"{Path(recipe).name} pruned", Recipe.read(self.settings.arguments, recipe).values
-        steps = self.work.pruned(place, asked)
+        steps: list[dict[str, Any]] | None = self.work.model(place, asked)
         if steps is None:
             model = self.source(DTYPES[self.settings.dtype])
             steps = self._prune(model, recipe)
             stored: Any = load(self.settings.model or self.work.place(DENSE))
             self._store(model.to(stored.dtype), self.work.cleared(place))
-            self.work.add_pruned(place, asked, steps)
+            self.work.add_model(place, asked, steps)
             del model, stored
             gc.collect()
         return load(self.work.place(place)), steps
 
     def compiled(self, recipe: str) -> Contender:
-        """Prune, compile and store; return who that is. Times of its own are not measured here."""
+        """Prune, compile and store, unless that was done on this machine; return who that is, not yet measured."""
+        # A longer prompt is left out: it takes the kernels of the shortest, and would take a minute to try.
+        counts = sorted({*self.settings.batch, min(self.settings.tokens)})
+        asked = {
+            "pruned": Recipe.read(self.settings.arguments, recipe).values,
+            "counts": counts,
+            "prefer": self.settings.prefer,
+            "machine": this_machine().to_dict(),
+            "version": version("zeroskip"),
+        }
+        name = Path(recipe).name
+        told = self.work.model(name, asked)
+        if told is not None:
+            return Contender(**told)
+        one = self._compile(name, recipe, counts)
+        self.work.add_model(name, asked, asdict(one))
+        return one
+
+    def _compile(self, name: str, recipe: str, counts: list[int]) -> Contender:
         model, steps = self.pruned(recipe)
         rounded = any(part.get("values") for step in steps for part in (step, *step.get("rules", ())))
         # Integers are offered without being asked; weights that are exact in bf16 lose nothing there.
         precision = "bf16" if model.dtype == torch.bfloat16 and not rounded else None
         model = model.to(DTYPES[self.settings.dtype]).eval()
-        one = Contender(Path(recipe).name, "ours", self.settings.dtype, steps)
+        one = Contender(name, "ours", self.settings.dtype, steps)
         ids = prompt(model, min(self.settings.tokens), 1)
         with torch.inference_mode():
             pruned = model(ids).logits.float()
-        # A longer prompt is left out: it takes the kernels of the shortest, and would take a minute to try.
-        counts = sorted({*self.settings.batch, min(self.settings.tokens)})
         compile_model(model, counts, precision, prefer=self.settings.prefer)
         with torch.inference_mode():
             off = float((model(ids).logits.float() - pruned).abs().max() / pruned.abs().max())
@@ -96,7 +115,7 @@ class Maker:
         plan = plan_of(model)
         one.layers = dict(Counter(site.label for site in plan.sites))
         one.outcome = ", ".join(check.outcome for check in plan.checks)
-        where = self.work.cleared(one.name)
+        where = self.work.cleared(name)
         self._store(model, where)
         measure_stored(one, where, model)
         return one

@@ -1,14 +1,14 @@
-"""The folder of a benchmark of language models: dense and pruned models and other libraries' files, made once.
+"""The folder of a benchmark of language models: models in every stage and other libraries' files, each made once.
 
-Pruning and converting a billion weights takes longer than all races. None of it is timed, so a later run with the same
-models goes on with what it finds; what is compiled is always made anew.
+Pruning, converting and packing a billion weights takes longer than all races. None of it is timed, so a later run with
+the same models goes on with what it finds.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Work:
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder, self._file = folder, folder / "made.json"
         about = _plain(about)
-        self._told: dict[str, Any] = {"schema": SCHEMA, "about": about, "pruned": {}, "peers": {}}
+        self._told: dict[str, Any] = {"schema": SCHEMA, "about": about, "models": {}, "peers": {}}
         if not self._file.exists():
             self.folder = check_new(folder)
             self._file = self.folder / "made.json"
@@ -69,17 +69,16 @@ class Work:
             shutil.rmtree(where)
         return where
 
-    def pruned(self, name: str, asked: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Return the recipes as applied, if the model that `asked` makes is here under this name; None if not."""
-        known = self._told["pruned"].get(name)
+    def model(self, name: str, asked: Mapping[str, Any]) -> Any:
+        """Return what `add_model` was told of the model under this name, if `asked` makes it; None if not."""
+        known = self._told["models"].get(name)
         if known is None or known["asked"] != _plain(asked) or not self.place(name).exists():
             return None
-        steps: list[dict[str, Any]] = known["steps"]
-        return steps
+        return known["told"]
 
-    def add_pruned(self, name: str, asked: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> None:
-        """Write down what is in a place now: what was asked for, and the recipes as applied."""
-        self._told["pruned"][name] = _plain({"asked": asked, "steps": list(steps)})
+    def add_model(self, name: str, asked: Mapping[str, Any], told: Any) -> None:
+        """Write down what was asked for to have the model in a place, and what is to be known of it; plain data."""
+        self._told["models"][name] = _plain({"asked": asked, "told": told})
         self._write()
 
     def peer(self, name: str) -> dict[str, int] | None:
