@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracle import EPS, cases, example, random, verify
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -241,6 +242,9 @@ def test_the_dispatcher_is_left_out_only_where_nothing_looks() -> None:
     graph = make_fx(model)(x).graph
     assert [node.target for node in graph.nodes].count(op) == 2
     assert is_plain(x) and not is_plain(x.clone().requires_grad_()) and not is_plain(nn.Parameter(x))
+    assert not is_plain(torch._neg_view(x)), "its numbers are not those in memory"
+    with forward_ad.dual_level():
+        assert not is_plain(x), "a tangent may come along"
 
 
 @each_format

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.dlpack import from_dlpack
 
 from zeroskip import _core
@@ -48,6 +49,8 @@ def is_plain(x: Tensor) -> bool:
         and not torch._C._get_tracing_state()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.is_neg()
+        and forward_ad._current_level < 0
     )
 
 
