@@ -31,8 +31,8 @@ from zeroskip.bench.suites import Case, Zeros
 from zeroskip.bench.timer import Race, race
 from zeroskip.planning.candidates import allowed_values, copies_for
 from zeroskip.planning.choose import choose
-from zeroskip.planning.machine import this_machine
-from zeroskip.planning.measure import CACHE_BYTES, Measured, bound, measure, runner_name
+from zeroskip.planning.machine import cold_bytes, this_machine
+from zeroskip.planning.measure import Measured, bound, measure, runner_name
 from zeroskip.planning.report import table
 from zeroskip.planning.tokens import Tokens
 from zeroskip.prune.patterns import Pattern
@@ -73,7 +73,7 @@ def regret(case: Case, tokens: int, precision: str, budget_s: float, second_s: f
     module.weight = nn.Parameter(weight, requires_grad=False)
     values = allowed_values(weight.dtype, precision)
     first = measure(
-        module, weight, None, values=values, tokens=(tokens,), working_set_bytes=CACHE_BYTES, budget_s=budget_s
+        module, weight, None, values=values, tokens=(tokens,), working_set_bytes=cold_bytes(), budget_s=budget_s
     )
     choice = choose(first, Tokens((tokens,)))
     chosen = f"{choice.label}/{choice.kernels[tokens]}"
@@ -99,7 +99,7 @@ def _again(first: Measured, case: Case, tokens: int) -> dict[str, list]:
     x = case.activations(tokens)
     runners = {}
     with torch.inference_mode():
-        for layout, kernel, calls in copies_for(first.layouts, CACHE_BYTES):
+        for layout, kernel, calls in copies_for(first.layouts, cold_bytes()):
             name = runner_name(layout, kernel)
             if name not in first.wrong:
                 runners[name] = [bound(call, x) for call in calls]

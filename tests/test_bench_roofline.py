@@ -5,7 +5,9 @@ import json
 import pytest
 from bench_cases import LIMITS
 
-from zeroskip.bench.roofline import Roofline, cache_bytes, roofline
+from zeroskip.bench.roofline import Roofline, roofline
+from zeroskip.planning import machine
+from zeroskip.planning.machine import cache_bytes
 
 
 def test_roofline_survives_json_and_bounds_by_precision():
@@ -36,3 +38,9 @@ def test_cache_sizes_come_from_the_system(tmp_path):
         (tmp_path / f"index{index}" / "level").write_text(level + "\n")
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
     assert cache_bytes(tmp_path) == (2 << 20, 480 << 20)
+
+
+def test_weights_are_cold_beyond_twice_the_last_cache(monkeypatch):
+    for level3, cold in ((32 << 20, 256 << 20), (260 << 20, 520 << 20)):
+        monkeypatch.setattr(machine, "cache_bytes", lambda level3=level3: (1 << 20, level3))
+        assert machine.cold_bytes.__wrapped__() == cold

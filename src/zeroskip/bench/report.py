@@ -9,6 +9,7 @@ from itertools import groupby
 
 from zeroskip.bench import peers
 from zeroskip.bench.break_even import BEST, Against, break_evens
+from zeroskip.bench.contest import BITS
 from zeroskip.bench.results import KernelTable, Row, Spread
 from zeroskip.errors import ZeroskipError
 from zeroskip.planning.report import table
@@ -30,7 +31,6 @@ SUMMARY = (
 EVEN = "Break-even: the share of zeros from which on a sparse layout is as fast, in parentheses what was measured"
 COLUMNS = ("linear fp32", "linear bf16", BEST)
 OWN = "own dense"
-BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 CLOSEST = (
     f"`{OWN}` is our dense layout of the same values; of another library it is the fastest "
     "of its modes whose weights are as wide or wider"

@@ -7,11 +7,9 @@ they vary from run to run: compare only with times of the same run.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,13 @@ from torch import nn
 
 from zeroskip import _core
 from zeroskip.bench.timer import race
-from zeroskip.planning.machine import available_memory_bytes
+from zeroskip.planning.machine import available_memory_bytes, cache_bytes
 
-__all__ = ["Level", "Roofline", "cache_bytes", "roofline", "rooflines"]
+__all__ = ["Level", "Roofline", "roofline", "rooflines"]
 
 SIDE = 1024  # of the dense product
 ROUNDS = 20_000  # multiply-adds in each chain of one sample: some 25 us of arithmetic, repeated
 LONG_S = 1e-3  # samples of arithmetic last about this long, so that starting threads costs nothing
-DEFAULT_CACHES = (1 << 20, 32 << 20)  # where the system does not tell: level 2 of a core, level 3
 MOST_MEMORY = 1 << 30
 
 
@@ -129,21 +126,6 @@ def roofline(budget_s: float = 0.3, sizes: dict[str, int] | None = None) -> Roof
         levels = (sizes or _sizes(threads)).items()
         read = tuple(Level(name, nbytes, _read(nbytes, threads, budget_s)) for name, nbytes in levels)
         return Roofline(threads, _core.isa_active(), _peak(threads, budget_s), _product(budget_s), read)
-
-
-def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> tuple[int, int]:
-    """Return the bytes of one core's level 2 and of the level 3 that it shares; a common size where unknown."""
-    found = dict(zip((2, 3), DEFAULT_CACHES, strict=True))
-    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    for index in folder.glob("index*"):
-        try:
-            level = int((index / "level").read_text())
-            size = re.fullmatch(r"(\d+)([KMG]?)", (index / "size").read_text().strip())
-        except (OSError, ValueError):
-            continue
-        if level in found and size:
-            found[level] = int(size[1]) * units[size[2]]
-    return found[2], found[3]
 
 
 def _sizes(threads: int) -> dict[str, int]:

@@ -17,7 +17,8 @@ from zeroskip.bench.timer import Race, race
 from zeroskip.formats import names
 from zeroskip.formats.blob import VALUES
 from zeroskip.planning.candidates import DENSE_FORMATS, Call, Layout, copies_for, format_layout, layouts
-from zeroskip.planning.measure import CACHE_BYTES, bound
+from zeroskip.planning.machine import cold_bytes
+from zeroskip.planning.measure import bound
 
 __all__ = ["BreakEven", "break_even", "crossing"]
 
@@ -102,7 +103,7 @@ def break_even(
             levels = _levels(name, weight, values)
             for count in tokens if levels else ():
                 x = torch.randn(count, shape[1]).to(dtype)
-                curve = _race(dense, levels, x, min(working_set_bytes, CACHE_BYTES), budget_s)
+                curve = _race(dense, levels, x, min(working_set_bytes, cold_bytes()), budget_s)
                 pattern = next(iter(levels.values()))[0]
                 found.append(BreakEven(name, values, pattern, count, curve, crossing(curve)))
     return found

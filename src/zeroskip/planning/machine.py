@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 
 from zeroskip.isa import isa
 
-__all__ = ["Machine", "available_memory_bytes", "this_machine"]
+__all__ = ["Machine", "available_memory_bytes", "cache_bytes", "cold_bytes", "this_machine"]
+
+DEFAULT_CACHES = (1 << 20, 32 << 20)  # where the system does not tell: level 2 of a core, level 3
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,30 @@ def available_memory_bytes() -> int:
     except OSError:
         pass
     return 8 << 30
+
+
+def cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> tuple[int, int]:
+    """Return the bytes of one core's level 2 and of the level 3 that it shares; a common size where unknown."""
+    found = dict(zip((2, 3), DEFAULT_CACHES, strict=True))
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for index in folder.glob("index*"):
+        try:
+            level = int((index / "level").read_text())
+            size = re.fullmatch(r"(\d+)([KMG]?)", (index / "size").read_text().strip())
+        except (OSError, ValueError):
+            continue
+        if level in found and size:
+            found[level] = int(size[1]) * units[size[2]]
+    return found[2], found[3]
+
+
+@cache
+def cold_bytes() -> int:
+    """Return how many bytes have to be touched between two uses of a weight for it to come from memory again.
+
+    Twice the last level of cache: copies that just filled it would in part be found there.
+    """
+    return max(256 << 20, 2 * cache_bytes()[1])
 
 
 @cache

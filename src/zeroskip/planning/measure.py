@@ -14,13 +14,11 @@ from zeroskip.bench.timer import Race, race
 from zeroskip.errors import first_line
 from zeroskip.formats import unpack
 from zeroskip.planning.candidates import Call, Layout, copies_for, layouts
+from zeroskip.planning.machine import cold_bytes
 
-__all__ = ["CACHE_BYTES", "Measured", "Probe", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
+__all__ = ["Measured", "Probe", "bound", "measure", "measure_layouts", "runner_name", "tell_apart"]
 
 log = logging.getLogger(__name__)
-
-# Working sets above this are no colder, and copies of this size are affordable beside any model worth compiling.
-CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def measure(
     tokens : tuple of int
         Token counts.
     working_set_bytes : int
-        Bytes of weights that the whole model touches in one step; capped at CACHE_BYTES.
+        Bytes of weights that the whole model touches in one step; capped at `cold_bytes()`: larger ones are no colder.
     budget_s : float
         Seconds of timing at each token count.
     """
@@ -128,7 +126,7 @@ def measure_layouts(
 ) -> Measured:
     """As `measure`, for layouts made beforehand; `probes` gives other inputs for a token count than plain rows."""
     result = Measured(found, {}, dict(refused or {}))
-    working_set = min(working_set_bytes, CACHE_BYTES)
+    working_set = min(working_set_bytes, cold_bytes())
     with torch.inference_mode():
         field_of = list(copies_for(found, working_set))
         for count in sorted(tokens):
