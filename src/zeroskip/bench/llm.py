@@ -19,7 +19,7 @@ from torch import Tensor
 from zeroskip.bench import peers
 from zeroskip.bench.llm_make import DENSE, Maker, measure_stored
 from zeroskip.bench.llm_models import NEW_TOKENS, POSITIONS, SHAPES, Step, alone, generate, prompt
-from zeroskip.bench.llm_products import measure_products, shapes_of
+from zeroskip.bench.llm_products import Products, measure_products, shapes_of
 from zeroskip.bench.llm_profile import profile_step
 from zeroskip.bench.llm_results import Contender, LlmTable, Timing
 from zeroskip.bench.llm_rivals import Rival, Rivals
@@ -120,7 +120,9 @@ class _Bench:
                     self._races(models, rivals, threads)
             self._perplexities(models, rivals)
         if self.settings.products:
-            self._products()
+            self.found.products = self._products()
+            for name in self.found.products.names:  # of these, products are what there is
+                self.found.missing.pop(name, None)
         self.found.summary = summary(self.found.contenders, self.found.times)
         return self.found
 
@@ -162,8 +164,8 @@ class _Bench:
                 told = profile_step(name, model, prompt(model, shortest, 1), self.settings.compiled)
                 self.found.profiles.append(told)
 
-    def _products(self) -> None:
-        self.found.products = measure_products(
+    def _products(self) -> Products:
+        return measure_products(
             shapes_of(self.maker.source(torch.bfloat16)),
             self.settings.peers,
             sorted({1, *self.settings.tokens}),

@@ -70,12 +70,15 @@ class Products:
     shapes : list of (m, k, how often)
     found : list of Product
     break_evens : list of str
+    names : list of str
+        Peers that took part.
     missing : {peer or layout: why it has no time}
     """
 
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     found: list[Product] = field(default_factory=list)
     break_evens: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -184,6 +187,7 @@ def _started(names: Sequence[str], stack: ExitStack, told: Products) -> dict[str
                 process = stack.enter_context(PeerProcess(name))
                 process.version()
                 running[name] = process
+                told.names.append(name)
                 continue
             except (PeerError, OSError) as error:
                 why = str(error)

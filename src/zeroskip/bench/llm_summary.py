@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from zeroskip.bench.peers.llama_model import PLAIN
 from zeroskip.bench.timer import Ratio
 from zeroskip.planning.report import table
 
@@ -61,7 +62,7 @@ def summary(contenders: Sequence[Contender], times: Sequence[Timing]) -> list[Li
         lines += [
             Line("weights", one.name, "bytes", each.name, 0, Ratio(*3 * (one.memory_bytes / each.memory_bytes,)))
             for each in theirs
-            if each.memory_bytes
+            if each.memory_bytes and not each.name.endswith(PLAIN)
         ]
     return lines
 

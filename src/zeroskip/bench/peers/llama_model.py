@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FILES", "MODES", "LlamaModel", "make", "permuted", "tensors"]
+__all__ = ["FILES", "MODES", "PLAIN", "LlamaModel", "make", "permuted", "tensors"]
 
 Ids = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
