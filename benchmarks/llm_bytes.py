@@ -2,9 +2,9 @@
 
     python benchmarks/llm_bytes.py --sparsity 0.5
 
-Each distinct shape of the 1.1 B Llama of `zeroskip bench llm --shape llama-1b` is packed once, with random weights whose
-smallest in each row are zero; embeddings and head, which are not tied, are dense. Q4_0 is what llama.cpp writes: 4.5 bits
-a weight, its head in Q6_K (210 bytes for 256 weights), norms in fp32.
+Each distinct shape of the 1.1 B Llama of `zeroskip bench llm --shape llama-1b` is packed once, with random weights of
+which the smallest in each row are zero; embeddings and head, which are not tied, are dense. Q4_0 is what llama.cpp
+writes: 4.5 bits a weight, its head in Q6_K (210 bytes for 256 weights), norms in fp32.
 """
 
 from __future__ import annotations
