@@ -37,11 +37,12 @@ foreach(row IN LISTS ZEROSKIP_ISA_ROWS)
     continue()
   endif()
   string(APPEND rows "ROW(${isa})\n")
-  foreach(room roofline attention norm) # loops that are no products: <room>/loops.h, compiled for every row
+  foreach(room roofline attention norm pointwise lookup) # loops that are no products: <room>/loops.h, for every row
     set(unit "${generated}/${room}_${isa}.cpp")
     file(GENERATE OUTPUT "${unit}" CONTENT "#include \"${room}/loops.h\"\n")
     zeroskip_row_unit("${room}_${isa}" "${unit}" "${isa}" "${flags}")
   endforeach()
+  target_compile_options("pointwise_${isa}" PRIVATE -ffp-contract=off) # its bits are those of torch's single calls
   foreach(kernel IN LISTS kernels)
     set(room "${CMAKE_SOURCE_DIR}/csrc/kernels/${kernel}")
     set(unit "${room}/${isa}.cpp")

@@ -95,6 +95,13 @@ def test_a_step_writes_behind_the_others():
         assert torch.equal(before, kept) and held.get_seq_length() == 28
 
 
+def test_generate_keeps_its_tokens_in_rooms():
+    how = {"max_new_tokens": 9, "pad_token_id": 0, "return_dict_in_generate": True}
+    told = tiny().generate(IDS, attention_mask=torch.ones_like(IDS), **how)
+    layers = told["cache" if "cache" in told else "past_key_values"].layers
+    assert layers and all(type(layer).__name__ == "RoomyLayer" and layer._rooms[0] is not None for layer in layers)
+
+
 def test_a_cache_may_be_copied_stored_cut_and_used_outside_inference_mode():
     model, plain = tiny(), tiny(attached=False)
 

@@ -11,6 +11,7 @@ from planning import inject, prefer
 from torch import nn
 
 import zeroskip as zs
+from zeroskip import _core
 from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.planning.install import thaw
@@ -92,7 +93,9 @@ def test_a_model_computes_stores_and_loads_what_it_did(embeddings, dtype, monkey
     assert "model.embed_tokens" in str(plan_of(model)) and model.dtype == dtype
     with torch.inference_mode():
         got = model(IDS).logits
-    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)  # the norms round once where transformers' round thrice
+    # The norms round once where transformers' round thrice, and in bf16 each rounding is a part in 256.
+    close = 1e-5 if dtype is torch.float32 else 2e-2
+    assert float((got - want).abs().max()) <= close * float(want.abs().max())
     with pytest.raises(ZeroskipError, match="is packed and cannot be resized"):
         model.resize_token_embeddings(100)
 
@@ -166,3 +169,22 @@ def test_rows_alone_and_in_batches_are_the_same(monkeypatch):
     model = zs.compile(rounded(), tokens=(1, 8))
     make_invariant(model, up_to=3)
     assert isinstance(model.model.embed_tokens, PackedEmbedding)
+
+
+@pytest.mark.parametrize("row", [name for name, missing in _core.isa_rows() if missing is None])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_rows_come_out_alike_on_every_row_of_instructions_and_as_torch_unpacks_them(row, values):
+    best = _core.isa_active()
+    assert _core.isa_limit(row)
+    try:
+        for k, group_size in ((70, 32), (64, 64), (300, 128)):
+            packed = zs.pack(torch.randn(40, k, generator=torch.Generator().manual_seed(k)), "dense", values=values,
+                             group_size=group_size)  # fmt: skip
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                table = PackedEmbedding.of(packed, dtype)
+                ids = torch.randint(0, 40, (7, 90), generator=torch.Generator().manual_seed(1))
+                for given_ in (ids, ids.t(), ids[:1, :1]):
+                    assert torch.equal(table(given_), table._unpacked(given_))
+                assert torch.equal(table(ids.int()), table(ids))
+    finally:
+        assert _core.isa_limit(best)

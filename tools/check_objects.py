@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 TARGET = re.compile(
-    r"((?:spmm|roofline|attention|norm)_\w+)\.dir"
+    r"((?:spmm|roofline|attention|norm|pointwise|lookup)_\w+)\.dir"
 )  # the folder that CMake gives the objects of a kernel on a row
 LOAD_TIME = (".init_array", ".preinit_array", ".fini_array", ".ctors", ".dtors", ".text.startup", ".init", ".fini")
 WEAK = "WwVvu"

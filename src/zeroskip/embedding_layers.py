@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from zeroskip import _core
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import Packed
 from zeroskip.formats import blob as blobs
 from zeroskip.formats.blob import Header
 from zeroskip.formats.dense import PANEL
+from zeroskip.native import TYPES, is_plain, threads
 from zeroskip.nn import PackedLinear
 from zeroskip.quantize import LEAST, SCALES
 
@@ -64,6 +68,20 @@ class PackedEmbedding(PackedLinear):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        blob, like = cast(Tensor, self._parameters["weight"]), cast(Tensor, self._buffers["like"])
+        kind = TYPES.get(like.dtype)
+        if kind is None or ids.dtype is not torch.int64 or not is_plain(ids) or blob.data_ptr() % 64:
+            return self._unpacked(ids)
+        ids = ids.contiguous()
+        y = like.new_empty((*ids.shape, self.in_features))
+        try:
+            _core.lookup(blob.data_ptr(), blob.numel(), ids.data_ptr(), ids.numel(), y.data_ptr(), kind, threads())
+        except ValueError as error:
+            raise ZeroskipError(str(error)) from None
+        return y
+
+    def _unpacked(self, ids: Tensor) -> Tensor:
+        """Do the same in calls of torch, for what traces or watches."""
         rows = ids.reshape(-1)
         if not torch.compiler.is_compiling() and rows.numel():
             low, high = int(rows.min()), int(rows.max())

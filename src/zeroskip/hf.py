@@ -28,6 +28,7 @@ from zeroskip.embedding_layers import PackedEmbedding
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf_attention import attach_attention, detach_attention
 from zeroskip.hf_cache import attach_cache
+from zeroskip.hf_layers import attach_layers, detach_layers
 from zeroskip.io import meta
 from zeroskip.io.load import check_sites, read_files
 from zeroskip.io.sites import swap
@@ -186,8 +187,8 @@ def attach(model: Any) -> None:
 
     Sets `config.quantization_config`, so that a foreign ``save_pretrained`` writes a directory that loads; unties
     what was packed, so that ``tie_weights()`` cannot put a dense embedding back; refuses to resize a packed table;
-    keeps keys and values where a decode step need not copy them, and computes attention and norms there in a call
-    each. A model without compiled layers loses all that, and the section.
+    keeps keys and values where a decode step need not copy them, and computes attention, norms and whole layers there
+    in calls of the core. A model without compiled layers loses all that, and the section.
 
     Parameters
     ----------
@@ -196,6 +197,7 @@ def attach(model: Any) -> None:
     """
     layers = dict(compiled_layers(model))
     if not layers:
+        detach_layers(model)
         detach_attention(model)
         detach_norms(model)
         if isinstance(getattr(model.config, "quantization_config", None), ZeroskipConfig):
@@ -204,6 +206,7 @@ def attach(model: Any) -> None:
     attach_cache(model)
     attach_attention(model)
     attach_norms(model)
+    attach_layers(model)
     info = meta.describe(model)
     ties, broken = ties_of(model)
     if broken:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zeroskip.decode_ops import attend, can_attend
 from zeroskip.native import is_plain
 
-__all__ = ["attach_attention", "attention", "detach_attention"]
+__all__ = ["attach_attention", "attention", "detach_attention", "in_use"]
 
 MARK = "zeroskip_attention"
 UNUSUAL = ("cache", "position_bias", "softcap", "s_aux")  # arguments that change what is computed
@@ -70,6 +70,15 @@ def _ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
     return torch.compiler.is_compiling() or (is_plain(query) and type(key) is type(value) is Tensor)
+
+
+def in_use(module: Any) -> bool:
+    """Return whether an attention module would call ours."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    own = module.__dict__
+    named = getattr(own.get("config"), "_attn_implementation", None)
+    return MARK in own and named == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
 
 
 def _register() -> Callable[..., Any]:

@@ -8,12 +8,12 @@ others, and attention gets a view. Everything else of the cache is transformers'
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attach_cache", "give_room"]
+__all__ = ["Place", "attach_cache", "fill", "give_room", "place_of"]
 
 LEAST_BYTES = 1 << 17  # of all keys of a layer: below, copying them costs less than the Python around a room
 STEP = 64  # tokens that a buffer grows by at least; or an eighth of what it holds
@@ -37,21 +37,77 @@ def appended(held: Tensor, new: Tensor, room: Room | None) -> tuple[Tensor, Room
     """
     tokens = held.shape[-2] if held.dim() == new.dim() else 0
     end = tokens + new.shape[-2]
+    room = _open(held, tokens, new, end, room)
+    room.buffer[:, :, tokens:end] = new
+    room.taken = end
+    return room.buffer[:, :, :end], room
+
+
+def _open(held: Tensor, tokens: int, like: Tensor, end: int, room: Room | None) -> Room:
+    """Return the room that `held` fills up to `tokens` and that has place up to `end`: the one given, or a new one."""
     if (
         room is None
         or room.taken != tokens
         or end > room.buffer.shape[-2]
         or (tokens and held.data_ptr() != room.buffer.data_ptr())
-        or room.buffer.shape[:2] != new.shape[:2]
-        or room.buffer.dtype is not new.dtype
+        or room.buffer.shape[:2] != like.shape[:2]
+        or room.buffer.dtype is not like.dtype
         or (room.buffer.is_inference() and not torch.is_inference_mode_enabled())
     ):
-        room = Room(new, end)
+        room = Room(like, end)
         if tokens:
             room.buffer[:, :, :tokens] = held
-    room.buffer[:, :, tokens:end] = new
-    room.taken = end
-    return room.buffer[:, :, :end], room
+        room.taken = tokens
+    return room
+
+
+class Place(NamedTuple):
+    """Where one more token of each sequence belongs: `keys` and `values` [batch, heads, capacity, head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+    token: int
+
+
+def place_of(cache: Any, index: int, batch: int, dtype: torch.dtype) -> Place | None:
+    """Return where the next token of a layer belongs, if its keys and values lie in rooms or may: else None.
+
+    Parameters
+    ----------
+    cache : transformers.Cache
+        Modified: its layer has rooms afterwards. `fill` says that the token was written.
+    index : int
+        Of the layer.
+    batch, dtype
+        Of the token.
+    """
+    kinds: Any = _roomy()
+    plain, roomy = kinds
+    layers = getattr(cache, "layers", ())
+    if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", True) or index >= len(layers):
+        return None
+    layer: Any = layers[index]
+    if type(layer) is plain:
+        layer.__class__ = roomy
+    held, values = layer.keys, layer.values
+    if type(layer) is not roomy or held is None or held.dim() != 4 or held.shape[0] != batch or held.dtype is not dtype:
+        return None
+    if values.shape[:3] != held.shape[:3] or values.dtype is not dtype:
+        return None
+    tokens = held.shape[2]
+    key_room, value_room = layer._rooms
+    rooms = _open(held, tokens, held, tokens + 1, key_room), _open(values, tokens, values, tokens + 1, value_room)
+    layer._rooms = rooms
+    return Place(rooms[0].buffer, rooms[1].buffer, tokens)
+
+
+def fill(cache: Any, index: int, place: Place) -> None:
+    """Count a token that was written where `place_of` said."""
+    layer: Any = cache.layers[index]
+    end = place.token + 1
+    for room in layer._rooms:
+        room.taken = end
+    layer.keys, layer.values = place.keys.narrow(2, 0, end), place.values.narrow(2, 0, end)
 
 
 @cache
@@ -83,7 +139,7 @@ def _roomy() -> tuple[type, type]:
 
 def give_room(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a forward: turn the layers of a growing cache into ours. Others (static, sliding, paged) stay."""
-    held = kwargs.get("past_key_values")
+    held = kwargs.get("cache", kwargs.get("past_key_values"))  # its name in transformers since 5.24, and before
     if held is None or torch.compiler.is_compiling():
         return
     plain, roomy = _roomy()

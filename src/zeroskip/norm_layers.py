@@ -7,13 +7,13 @@ class that derives from its own. What is out of the ordinary (gradients, tracing
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from zeroskip.decode_ops import can_normalise, normalise_plain
+from zeroskip.derived import derive, restore
 from zeroskip.native import is_plain
 
 __all__ = ["attach_norms", "constants_of", "detach_norms"]
@@ -56,42 +56,28 @@ def constants_of(module: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-def _blank(kind: Any) -> Any:
-    made = _one_call(kind)
-    return made.__new__(made)
+class OneCall(nn.Module):
+    """Before the class of a norm: one call where that may be."""
 
-
-@cache
-def _one_call(kind: Any) -> Any:
-    """Return a class that derives from a norm's own."""
-
-    class OneCall(kind):  # type: ignore[misc]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and not kwargs and is_plain(x := args[0]):
-                weight = self._parameters["weight"]
-                watched = weight.requires_grad and torch.is_grad_enabled()
-                if not watched and type(weight.data) is Tensor and can_normalise(x, weight):
-                    return normalise_plain(x, weight, *self.__dict__[CONSTANTS])
-            return super().forward(*args, **kwargs)
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return _blank, (kind,), self.__dict__
-
-    OneCall.__name__, OneCall.__qualname__, OneCall.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return OneCall
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and is_plain(x := args[0]):
+            weight = cast(Tensor, self._parameters["weight"])
+            watched = weight.requires_grad and torch.is_grad_enabled()
+            if not watched and type(weight.data) is Tensor and can_normalise(x, weight):
+                return normalise_plain(x, weight, *self.__dict__[CONSTANTS])
+        return super().forward(*args, **kwargs)
 
 
 def attach_norms(model: nn.Module) -> None:
     """Let the norms of a model be one call each where they can; once."""
     for module in model.modules():
         if CONSTANTS not in module.__dict__ and (constants := constants_of(module)) is not None:
-            kind: Any = type(module)
             module.__dict__[CONSTANTS] = constants
-            module.__class__ = _one_call(kind)
+            derive(module, OneCall)
 
 
 def detach_norms(model: nn.Module) -> None:
     """Give them their own classes back."""
     for module in model.modules():
         if module.__dict__.pop(CONSTANTS, None) is not None:
-            module.__class__ = type(module).__mro__[1]
+            restore(module)

@@ -103,8 +103,8 @@ def prompt(model: Any, tokens: int, batch: int) -> Tensor:
     return torch.cat([ids[: tokens - 1].expand(batch, -1), ids[tokens - 1 :, None]], 1)
 
 
-def generate(model: Any, ids: Tensor, new_tokens: int) -> object:
-    """Continue `ids` [batch, tokens] greedily by exactly so many tokens."""
+def generate(model: Any, ids: Tensor, new_tokens: int, streamer: Any = None) -> object:
+    """Continue `ids` [batch, tokens] greedily by exactly so many tokens; a streamer is told each as it comes."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -115,6 +115,7 @@ def generate(model: Any, ids: Tensor, new_tokens: int) -> object:
         top_p=None,
         top_k=None,
         pad_token_id=0,
+        streamer=streamer,
     )
 
 

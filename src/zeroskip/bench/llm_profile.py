@@ -7,7 +7,6 @@ around them in Python, norms, rotary positions, the cache, the dispatch of our o
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zeroskip import decode_ops, ops
+from zeroskip import decode_ops, decoder_step, ops
 from zeroskip.bench.llm_models import generate
 from zeroskip.bench.llm_steps import StepProfile
 
@@ -26,6 +25,7 @@ __all__ = ["profile_step"]
 
 STEPS = 24
 WARM = 4
+PRODUCTS = 7  # of a decoder layer that is one call
 
 
 class _Clock:
@@ -44,15 +44,33 @@ class _Clock:
 
         return timed
 
+    def inside(self, function: Callable[..., tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        """Of whole layers: it tells the nanoseconds of its products and of its attention."""
+
+        def told(*args: Any) -> tuple[int, int]:
+            found = function(*args)
+            self.kernels, self.attention = (
+                self.kernels + found[0] / 1e9,
+                self.attention + found[1] / 1e9,
+            )
+            self.calls += PRODUCTS * len(args[0])
+            return found
+
+        return told
+
 
 @contextmanager
 def _watched(clock: _Clock) -> Iterator[None]:
     """Time the products and attention inside."""
-    ours: Any = (ops, decode_ops)
+    ours: Any = (ops, decode_ops, decoder_step)
     core, functional = ours[0]._core, torch.nn.functional
     linear, attention = functional.linear, functional.scaled_dot_product_attention
     names = {name: getattr(core, name) for name in dir(core) if not name.startswith("__")}
-    names |= {"linear": clock.around(core.linear, "kernels"), "attend": clock.around(core.attend, "attention")}
+    names["decode"] = clock.inside(core.decode)
+    names |= {
+        "linear": clock.around(core.linear, "kernels"),
+        "attend": clock.around(core.attend, "attention"),
+    }
     timed: Any = SimpleNamespace(**names)
     changed: Any = functional
     try:
@@ -105,17 +123,38 @@ def profile_step(name: str, model: Any, ids: Tensor, compiled: bool = False) -> 
     kernels, attention, calls = np.median(np.array(watched), axis=0)
     step = float(np.median(steps))
     times = (step * 1e3, float(kernels) * 1e3, float(attention) * 1e3)
-    return StepProfile(name, ids.shape[1], torch.get_num_threads(), *times, int(calls), generated * 1e3, *found)
+    return StepProfile(
+        name,
+        ids.shape[1],
+        torch.get_num_threads(),
+        *times,
+        int(calls),
+        generated * 1e3,
+        *found,
+    )
+
+
+class _Moments:
+    """What `generate` tells its tokens: notes when each came."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 def _generated(model: Any, ids: Tensor) -> float:
-    """Return the seconds of a token within `generate`, by the least of three runs of each length."""
-    least: dict[int, float] = {}
-    for count in (1, STEPS + 1) * 3:
-        started = time.perf_counter()
-        generate(model, ids, count)
-        least[count] = min(least.get(count, math.inf), time.perf_counter() - started)
-    return (least[STEPS + 1] - least[1]) / STEPS
+    """Return the seconds from one token of `generate` to the next, the median of three runs."""
+    gaps: list[float] = []
+    for _ in range(3):
+        moments = _Moments()
+        generate(model, ids, STEPS + WARM, moments)
+        gaps += np.diff(moments.at[WARM:]).tolist()
+    return float(np.median(gaps))
 
 
 def _compiled(model: Any, ids: Tensor) -> tuple[float | None, str | None]:

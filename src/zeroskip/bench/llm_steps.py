@@ -30,7 +30,7 @@ class StepProfile:
     calls : int
         Products of a step.
     generate_ms : float
-        Of a token within `generate`, which chooses it and looks whether to stop: that of many tokens less that of one.
+        From one token of `generate` to the next: choosing it, and looking whether to stop, are in it.
     compiled_ms : float or None
         Under torch.compile with a static cache; None where that was not asked for.
     compiled_problem : str or None

@@ -1,0 +1,260 @@
+"""One token of each sequence through a decoder layer in one call of the core, with no tensor between its parts.
+
+transformers' forward of a Llama's layer is some ten calls of modules and thirty of torch around seven products. Here
+norms, products, rotary positions written into the cache, attention and residuals follow one another in native code
+(csrc/decoder), each with the bits of the module whose place it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zeroskip import _core
+from zeroskip.decoder_parts import Parts
+from zeroskip.errors import ZeroskipError
+from zeroskip.hf_cache import Place
+from zeroskip.native import TYPES, aligned, fp32_bias, register, threads
+from zeroskip.norm_layers import CONSTANTS
+
+__all__ = ["Call", "DecoderStep", "decode", "run"]
+
+NO_NORM = (0, 0, 0)
+# Addresses, sizes, sizes of this call, numbers, kernels: csrc/bind.cpp says in which order.
+Call = tuple[list[int], Sequence[int], list[int], Sequence[float], Sequence[str | None] | None]
+Held = list[Tensor | None]
+
+
+class DecoderStep:
+    """The step of one layer.
+
+    Parameters
+    ----------
+    parts : Parts
+        `depth` and `scale` are those of its attention module.
+
+    Raises
+    ------
+    ZeroskipError
+        If the sizes do not fit together.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        q, k, v, _, gate, _, _ = (layer.out_features for layer in parts.products)
+        depth, scale = (
+            getattr(parts.attention, "head_dim", None),
+            getattr(parts.attention, "scaling", None),
+        )
+        index = getattr(parts.attention, "layer_idx", None)
+        if type(depth) is not int or type(scale) is not float or depth < 1 or q < depth or k < depth:
+            raise ZeroskipError(f"an attention module of {q} numbers of queries with heads of {depth}, scale {scale}")
+        if type(index) is not int:
+            raise ZeroskipError(f"an attention module whose place among the layers is {index}")
+        self.index: int = index
+        heads, groups = q // depth, k // depth
+        self.depth, self.heads, self.groups, self.width = (
+            depth,
+            heads,
+            groups,
+            v // groups,
+        )
+        self.hidden = hidden = parts.products[0].in_features
+        sizes = [(layer.in_features, layer.out_features) for layer in parts.products]
+        wide = heads * self.width
+        fits = [
+            (hidden, heads * depth),
+            (hidden, groups * depth),
+            (hidden, groups * self.width),
+            (wide, hidden),
+        ]
+        if sizes != [*fits, (hidden, gate), (hidden, gate), (gate, hidden)] or heads % groups:
+            raise ZeroskipError(f"products of {sizes} do not follow on one another")
+        norms = [(0.0, 0.0) if norm is None else norm.__dict__[CONSTANTS] for norm in parts.all_norms]
+        self.numbers = [scale, *(number for pair in norms for number in pair)]
+        self.shape = [
+            heads,
+            groups,
+            depth,
+            self.width,
+            hidden,
+            gate,
+            *(layer._act for layer in parts.products),
+        ]
+
+    def prepare(
+        self,
+        x: Tensor,
+        y: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: Place,
+        mask: Tensor | None,
+    ) -> tuple[Call, Held]:
+        """Return the call that writes what the layer returns to y, and what must live until it was made (`run`).
+
+        Parameters
+        ----------
+        x : Tensor
+            [batch, 1, hidden], contiguous, fp32, bf16 or fp16; the same holds of y. Not read before the call.
+        cos, sin : Tensor
+            [batch or 1, 1, turned] of x's dtype, contiguous; `turned` is even and at most the depth of a head.
+        place : Place
+            Where the keys and values of this token belong; they are written there, in x's dtype.
+        mask : Tensor or None
+            bool [batch or 1, 1, 1, place.token + 1], its last stride 1.
+        """
+        products = self.parts.products
+        own: Any = [layer._parameters for layer in products]
+        norms = [None if norm is None else norm._parameters["weight"] for norm in self.parts.all_norms]
+        kernels = [layer.kernel for layer in products]
+        return prepared(
+            x, y, cos, sin, *place, mask, [each["weight"] for each in own], [each["bias"] for each in own], norms,
+            self.shape, self.numbers, kernels if any(kernels) else None,
+        )  # fmt: skip
+
+    def constants(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Return what does not change from step to step: sizes with the codes of activations, and numbers."""
+        return tuple(self.shape), tuple(self.numbers)
+
+
+def prepared(
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token: int,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+    shape: Sequence[int],
+    numbers: Sequence[float],
+    kernels: Sequence[str | None] | None = None,
+) -> tuple[Call, Held]:
+    """Return the call of a layer whose parts these are, in the order of `Parts`, and what it reads; nothing is checked.
+
+    `keys` and `values` [batch, groups, capacity, depth] get the token at `token`; `shape` and `numbers` are those of
+    `DecoderStep`; the rest is as for a step.
+    """
+    address = mask_stride = 0
+    if mask is not None:
+        address, mask_stride = (
+            mask.data_ptr(),
+            mask.stride(0) if mask.shape[0] > 1 else 0,
+        )
+    addresses = [
+        x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), address,
+    ]  # fmt: skip
+    held: Held = []
+    for blob, bias, m in zip(weights, biases, _outputs(shape), strict=True):
+        blob, at = aligned(blob), 0
+        if bias is not None:
+            bias = fp32_bias(bias, m)
+            at = bias.data_ptr()
+        held += (blob, bias)  # a copy of either has to last
+        addresses += (blob.data_ptr(), blob.numel(), at)
+    for weight in norms:
+        if weight is None:
+            addresses += NO_NORM
+            continue
+        weight = weight.contiguous()
+        held.append(weight)
+        addresses += (weight.data_ptr(), TYPES.get(weight.dtype, 0), weight.numel())
+    turned = cos.shape[2]
+    by, of = keys.stride(), values.stride()
+    call = [
+        TYPES[x.dtype], x.shape[0], token, turned, turned if cos.shape[0] > 1 else 0, mask_stride, *by[:3], *of[:3],
+    ]  # fmt: skip
+    return (addresses, shape, call, numbers, kernels), held
+
+
+def run(calls: Sequence[Call]) -> None:
+    """Make these calls, one layer after the other.
+
+    Raises
+    ------
+    ZeroskipError
+        For a weight that is no sound blob, or that has another shape than it had.
+    """
+    try:
+        _core.decode(list(calls), threads())
+    except ValueError as error:
+        raise ZeroskipError(str(error)) from None
+
+
+def _outputs(shape: Sequence[int]) -> tuple[int, ...]:
+    heads, groups, depth, width, hidden, inner = shape[:6]
+    return heads * depth, groups * depth, groups * width, hidden, inner, inner, hidden
+
+
+def _decode(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    token: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
+    shape: Sequence[int],
+    numbers: Sequence[float],
+) -> Tensor:
+    """The op: checks what is given, for anybody may call it."""
+    at = int(token)
+    batch, groups, depth, width, hidden = (
+        x.shape[0],
+        shape[1],
+        shape[2],
+        shape[3],
+        shape[4],
+    )
+    fits = (
+        x.dtype in TYPES
+        and x.shape[1:] == (1, hidden)
+        and cos.shape == sin.shape
+        and cos.dim() == 3
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1] == 1
+        and keys.dim() == values.dim() == 4
+        and keys.shape == (batch, groups, values.shape[2], depth)
+        and values.shape == (batch, groups, keys.shape[2], width)
+        and keys.stride(3) == values.stride(3) == 1
+        and all(each.dtype is x.dtype and each.is_cpu for each in (cos, sin, keys, values))
+        and all(each.dtype is torch.int8 for each in weights)
+        and (len(weights), len(biases), len(norms)) == (7, 7, 6)
+        and 0 <= at < keys.shape[2]
+    )
+    if fits and mask is not None:
+        fits = mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.stride(3) == 1
+        fits = fits and mask.shape[1:3] == (1, 1) and mask.shape[3] > at
+    if not fits:
+        given = [list(each.shape) for each in (x, cos, sin, keys, values)]
+        raise ZeroskipError(f"decode: token {at} and tensors {given} do not fit the layer of sizes {list(shape[:6])}")
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    call, _held = prepared(
+        x, y, cos, sin, keys, values, at, mask, weights, biases, norms, list(shape),
+        list(numbers),
+    )  # fmt: skip
+    run([call])
+    return y
+
+
+def _decode_fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+decode = register(
+    "decode(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor token, Tensor? mask, "
+    "Tensor[] weights, Tensor?[] biases, Tensor?[] norms, int[] shape, float[] numbers) -> Tensor",
+    _decode,
+    _decode_fake,
+)

@@ -1,0 +1,290 @@
+"""The step of one decoder layer: when it may be computed by the core, whether that is right, and what goes with it.
+
+A step is tried first, on random numbers and a padded pair of sequences: the core has to give every bit of what the
+layer's own forward gives, in its output, its keys and its values. Whatever is out of the ordinary goes to that forward:
+prompts, gradients, dispatch modes, hooks on any part, other attention, other caches, masks of numbers, parts that were
+replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from zeroskip.decoder_parts import Parts, parts_of
+from zeroskip.decoder_step import DecoderStep, run
+from zeroskip.errors import ZeroskipError
+from zeroskip.hf_attention import in_use
+from zeroskip.hf_cache import Place, fill, place_of
+from zeroskip.native import TYPES, is_plain
+
+__all__ = ["STEP", "TRACED", "Stepper"]
+
+log = logging.getLogger(__name__)
+
+STEP, TRACED = "zeroskip_step", "zeroskip_traced"
+CACHES = ("cache", "past_key_values")  # its name since transformers 5.24, and before
+KNOWN = {*CACHES, "attention_mask", "position_ids", "use_cache", "position_embeddings"}
+TRIED = 3  # tokens before the one that is tried
+
+
+class Given(NamedTuple):
+    """What a layer is called with, told apart by identity."""
+
+    x: Tensor
+    cache: Any
+    angles: Any
+    mask: Any
+
+    def same(self, other: Given) -> bool:
+        return all(a is b for a, b in zip(self, other, strict=True))
+
+    def rest(self) -> tuple[int, ...]:
+        return tuple(id(each) for each in self[1:])
+
+
+class Ahead(NamedTuple):
+    """What a layer will return if it is called with what is expected, its keys and values written but not counted."""
+
+    given: Given
+    keys: Tensor  # of the cache before
+    place: Place
+    y: Tensor
+
+
+class Last(NamedTuple):
+    """The layer that was computed last, what it returned, and the rest of what it was given; nothing is kept alive."""
+
+    stepper: weakref.ref[Stepper]
+    y: weakref.ref[Tensor]
+    rest: tuple[int, ...]
+
+
+class _Thread(threading.local):
+    """Of one thread: layers computed ahead of their calls, and the last one computed."""
+
+    def __init__(self) -> None:
+        self.ahead: dict[Stepper, Ahead] = {}
+        self.last: Last | None = None
+
+
+_here = _Thread()
+
+
+class Stepper:
+    """What is known of one layer: its parts, for which dtypes its step was tried, and which layer follows it.
+
+    Layers that were seen to follow one another, the next one called with the tensor that the one before returned and
+    all else the same, are computed in one call when the first of them is called. The others find their result, if
+    they are called with that very tensor; else nothing has happened, for only then is their token counted in the
+    cache. A copy begins anew.
+    """
+
+    def __init__(self) -> None:
+        self.parts: Parts | None = None
+        self.step: DecoderStep | None = None
+        self.tried: dict[torch.dtype, bool] = {}
+        self.next: weakref.ref[nn.Module] | None = None
+        self.alone = False  # once it was computed ahead and not called, or with something else
+
+    def __reduce__(self) -> tuple[type[Stepper], tuple[()]]:
+        return Stepper, ()
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        theirs: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        """Return what the layer returns, or None where its own forward has to be asked."""
+        if len(args) != 1 or layer.training or torch.is_grad_enabled() or not kwargs.keys() <= KNOWN:
+            return None
+        x, cache = args[0], next((kwargs[name] for name in CACHES if name in kwargs), None)
+        if cache is None or not is_plain(x) or x.dim() != 3 or x.dtype not in TYPES:
+            return None
+        angles, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        made = _here.ahead.pop(self, None)
+        if made is not None:
+            if made.given.same(Given(x, cache, angles, mask)) and self._counts(made):
+                return made.y
+            self.alone = True
+        if not self._found(layer) or self.step is None or not _turns(angles, x, self.step.depth):
+            return None
+        known = self.tried.get(x.dtype)
+        if known is None:
+            known = self.tried[x.dtype] = self._try(theirs, x, kwargs)
+            if known:
+                layer.__dict__[TRACED] = (*self.step.constants(), x.dtype, self.step.parts.norm_names)
+        return self._step(layer, Given(x, cache, angles, mask)) if known and x.shape[1] == 1 else None
+
+    def known(self) -> DecoderStep:
+        """Return the step, which is there once the parts were found to fit."""
+        return cast(DecoderStep, self.step)
+
+    def _found(self, layer: nn.Module) -> bool:
+        """Return whether the parts are there and nobody watches them; look for them anew where one was replaced."""
+        if self.parts is None or not self.parts.untouched():
+            if self.parts is not None and self.parts.in_place():
+                return False
+            self.parts, self.step, self.tried = parts_of(layer), None, {}
+            layer.__dict__.pop(TRACED, None)
+            if self.parts is None:
+                return False
+            try:
+                self.step = DecoderStep(self.parts)
+            except ZeroskipError as error:
+                log.info("a %s takes its own forward: %s", type(layer).__name__, error)
+            if not self.parts.untouched():
+                return False
+        return in_use(self.parts.attention)
+
+    def _counts(self, made: Ahead) -> bool:
+        """Count a token that was computed ahead, if the cache is what it was."""
+        step: Any = self.step
+        cache = made.given.cache
+        if step is None or cache.layers[step.index].keys is not made.keys:
+            return False
+        fill(cache, step.index, made.place)
+        return True
+
+    def _place(self, x: Tensor, cache: Any, mask: Tensor | None) -> Place | None:
+        """Return where the token of this layer belongs; None if it or the mask does not fit."""
+        step: Any = self.step
+        batch = x.shape[0]
+        place = place_of(cache, step.index, batch, x.dtype)
+        if place is None or x.shape[2] != step.hidden or not x.is_contiguous():
+            return None
+        keys, values = place.keys.shape, place.values.shape
+        if keys[1] != step.groups or keys[3] != step.depth or values[1] != step.groups or values[3] != step.width:
+            return None
+        return place if mask is None or _masks(mask, batch, place.token + 1) else None
+
+    def _step(self, layer: nn.Module, given: Given) -> Tensor | None:
+        """Return what the layer returns, and compute those that follow it ahead."""
+        x, cache, angles, mask = given
+        place = self._place(x, cache, mask)
+        if place is None:
+            return None
+        self._learn(layer, given)
+        chain = [(self, given, place, torch.empty_like(x))]
+        taken = {self}  # a layer may be called twice in a step
+        while (follower := chain[-1][0]._follower(x.dtype)) is not None and follower not in taken:
+            y = chain[-1][3]
+            taken.add(follower)
+            there = follower._place(y, cache, mask)
+            if there is None or not _turns(angles, y, follower.known().depth):
+                break
+            chain.append((follower, Given(y, cache, angles, mask), there, torch.empty_like(x)))
+        calls, held = [], []
+        for each, told, there, y in chain:
+            call, lasting = each.known().prepare(told.x, y, angles[0], angles[1], there, mask)
+            calls.append(call)
+            held.append(lasting)
+        run(calls)
+        fill(cache, self.known().index, place)
+        for each, told, there, y in chain[1:]:
+            _here.ahead[each] = Ahead(told, cache.layers[each.known().index].keys, there, y)
+        _here.last = Last(weakref.ref(chain[-1][0]), weakref.ref(chain[-1][3]), given.rest())
+        return chain[0][3]
+
+    def _learn(self, layer: nn.Module, given: Given) -> None:
+        """See which layer this one follows; what was computed ahead and not asked for is not computed ahead again."""
+        for stepper in _here.ahead:
+            stepper.alone = True
+        _here.ahead.clear()
+        last, _here.last = _here.last, None
+        before = None if last is None or last.y() is not given.x or last.rest != given.rest() else last.stepper()
+        if before is not None:
+            before.next = weakref.ref(layer)
+
+    def _follower(self, dtype: torch.dtype) -> Stepper | None:
+        """Return what is known of the layer after this one, if it may be computed ahead."""
+        layer = None if self.next is None else self.next()
+        if layer is None or layer.training:
+            return None
+        found: Stepper | None = layer.__dict__.get(STEP)
+        if found is None or found.alone or not found.tried.get(dtype) or not found._found(layer):
+            return None
+        return found if found.step is not None and found.tried.get(dtype) else None
+
+    def _alone(self, x: Tensor, angles: Any, cache: Any, mask: Tensor) -> Tensor | None:
+        """Compute this layer and no other, for a trial."""
+        step: Any = self.step
+        place, y = self._place(x, cache, mask), torch.empty_like(x)
+        if place is None:
+            return None
+        call, _held = step.prepare(x, y, *angles, place, mask)
+        run([call])
+        fill(cache, step.index, place)
+        return y
+
+    def _try(self, theirs: Callable[..., Any], like: Tensor, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether the step gives the bits of the layer's own forward, on two sequences, one of them padded."""
+        from transformers import DynamicCache
+
+        step: Any = self.step
+        draw = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw).to(like.dtype)
+
+        turned, index = kwargs["position_embeddings"][0].shape[2], step.index
+        x, angles = (
+            random(2, 1, step.hidden),
+            (random(2, 1, turned), random(2, 1, turned)),
+        )
+        held = (
+            random(2, step.groups, TRIED, step.depth),
+            random(2, step.groups, TRIED, step.width),
+        )
+        mask = torch.ones(2, 1, 1, TRIED + 1, dtype=torch.bool)
+        mask[1, :, :, 0] = False
+        name = next(each for each in CACHES if each in kwargs)
+        given = {**kwargs, "position_embeddings": angles, "attention_mask": mask}
+        if kwargs.get("position_ids") is not None:
+            given["position_ids"] = torch.full((2, 1), TRIED)
+        told = []
+        try:
+            for ours in (False, True):
+                given[name] = cache = DynamicCache()
+                cache.update(held[0].clone(), held[1].clone(), index)
+                y = self._alone(x, angles, cache, mask) if ours else theirs(x, **given)
+                told.append((y, cache.layers[index].keys, cache.layers[index].values))
+        except Exception as error:  # whatever else the layer wants
+            log.info("a decoder layer takes its own forward: %s", error)
+            return False
+        same = all(
+            isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in zip(*told, strict=True)
+        )
+        if not same:
+            log.info("a decoder layer computes something else than its names say: it takes its own forward")
+        return same
+
+
+def _turns(angles: Any, x: Tensor, depth: int) -> bool:
+    """Return whether these are a cosine and a sine for each token."""
+    if type(angles) is not tuple or len(angles) != 2:
+        return False
+    for each in angles:
+        if type(each) is not Tensor or each.dtype is not x.dtype or each.dim() != 3 or not each.is_contiguous():
+            return False
+        if each.is_neg():
+            return False
+        batch, tokens, turned = each.shape
+        if batch not in (1, x.shape[0]) or tokens != x.shape[1] or turned % 2 or turned > depth or not each.is_cpu:
+            return False
+    return bool(angles[0].shape == angles[1].shape)
+
+
+def _masks(mask: Any, batch: int, tokens: int) -> bool:
+    if type(mask) is not Tensor or mask.dtype is not torch.bool or mask.dim() != 4 or not mask.is_cpu:
+        return False
+    rows, *rest = mask.shape
+    return rows in (1, batch) and rest == [1, 1, tokens] and mask.stride(3) == 1
