@@ -371,6 +371,17 @@ def test_layers_are_computed_ahead_only_while_they_are_called_in_turn(calls, mon
             model.model.layers, theirs.model.layers = kept, whole
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_was_computed_ahead_is_dropped_once_something_wrote_into_its_input(mode, calls):
+    model, theirs = attached(layers=4), made(layers=4)
+    with mode():
+        assert torch.equal(steps(model, IDS, count=4), steps(theirs, IDS, count=4))  # from here on computed together
+        for each in (model, theirs):
+            each.model.layers[1].register_forward_hook(lambda module, args, y: y.mul_(2))
+        for _ in range(2):
+            assert torch.equal(steps(model, IDS, count=4), steps(theirs, IDS, count=4))
+
+
 def test_nothing_of_a_step_is_kept_alive():
     model = attached()
     with torch.inference_mode():

@@ -53,6 +53,7 @@ class Ahead(NamedTuple):
     """What a layer will return if it is called with what is expected, its keys and values written but not counted."""
 
     given: Given
+    version: int  # of what it is expected to be called with: nobody has written into it since
     keys: Tensor  # of the cache before
     place: Place
     y: Tensor
@@ -82,8 +83,8 @@ class Stepper:
 
     Layers that were seen to follow one another, the next one called with the tensor that the one before returned and
     all else the same, are computed in one call when the first of them is called. The others find their result, if
-    they are called with that very tensor; else nothing has happened, for only then is their token counted in the
-    cache. A copy begins anew.
+    they are called with that very tensor and nothing wrote into it; else nothing has happened, for only then is their
+    token counted in the cache. A copy begins anew.
     """
 
     def __init__(self) -> None:
@@ -112,7 +113,8 @@ class Stepper:
         angles, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         made = _here.ahead.pop(self, None)
         if made is not None:
-            if made.given.same(Given(x, cache, angles, mask)) and self._counts(made):
+            same = made.given.same(Given(x, cache, angles, mask)) and x._version == made.version
+            if same and self._counts(made):
                 return made.y
             self.alone = True
         if not self._found(layer) or self.step is None or not _turns(angles, x, self.step.depth):
@@ -173,7 +175,7 @@ class Stepper:
         if place is None:
             return None
         self._learn(layer, given)
-        chain = [(self, given, place, torch.empty_like(x))]
+        chain = [(self, given, place, _empty_like(x))]
         taken = {self}  # a layer may be called twice in a step
         while (follower := chain[-1][0]._follower(x.dtype)) is not None and follower not in taken:
             y = chain[-1][3]
@@ -181,7 +183,7 @@ class Stepper:
             there = follower._place(y, cache, mask)
             if there is None or not _turns(angles, y, follower.known().depth):
                 break
-            chain.append((follower, Given(y, cache, angles, mask), there, torch.empty_like(x)))
+            chain.append((follower, Given(y, cache, angles, mask), there, _empty_like(x)))
         calls, held = [], []
         for each, told, there, y in chain:
             call, lasting = each.known().prepare(told.x, y, angles[0], angles[1], there, mask)
@@ -190,7 +192,7 @@ class Stepper:
         run(calls)
         fill(cache, self.known().index, place)
         for each, told, there, y in chain[1:]:
-            _here.ahead[each] = Ahead(told, cache.layers[each.known().index].keys, there, y)
+            _here.ahead[each] = Ahead(told, told.x._version, cache.layers[each.known().index].keys, there, y)
         _here.last = Last(weakref.ref(chain[-1][0]), weakref.ref(chain[-1][3]), given.rest())
         return chain[0][3]
 
@@ -266,6 +268,12 @@ class Stepper:
         if not same:
             log.info("a decoder layer computes something else than its names say: it takes its own forward")
         return same
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Return an unset tensor that counts how often something writes into it, as those of inference mode do not."""
+    with torch.inference_mode(False):
+        return torch.empty_like(x)
 
 
 def _turns(angles: Any, x: Tensor, depth: int) -> bool:
