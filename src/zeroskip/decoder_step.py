@@ -23,7 +23,7 @@ from zeroskip.norm_layers import CONSTANTS
 __all__ = ["Call", "DecoderStep", "decode", "run"]
 
 NO_NORM = (0, 0, 0)
-# Addresses, sizes, sizes of this call, numbers, kernels: csrc/bind.cpp says in which order.
+# Addresses, sizes, sizes of this call, numbers, kernels: csrc/bind says in which order.
 Call = tuple[list[int], Sequence[int], list[int], Sequence[float], Sequence[str | None] | None]
 Held = list[Tensor | None]
 

@@ -9,7 +9,7 @@
 //              fp32          [tokens/kBlock][k][width] 64
 // y            as x          [tokens, m]               any
 //
-// Bits, offsets and lengths are checked in check.cpp, pointers and shapes in bind.cpp. A unit is 32 rows; units are
+// Bits, offsets and lengths are checked in check.cpp, pointers and shapes in csrc/bind. A unit is 32 rows; units are
 // handed out one at a time, so rows of unequal length even out.
 //
 // Few tokens: few.h, which expands the weights against all columns of x. More: the bits of a row are turned into

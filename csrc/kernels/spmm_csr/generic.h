@@ -8,7 +8,8 @@
 // panel        fp32          [tokens/kBlock][k][width] 64
 // y            as x          [tokens, m]               any
 //
-// Offsets and columns are checked in check.cpp, pointers and shapes in bind.cpp. The loop is rows.h; a unit is 32 rows.
+// Offsets and columns are checked in check.cpp, pointers and shapes in csrc/bind. The loop is rows.h; a unit is 32
+// rows.
 //
 // Floor for one token: nnz (2 + b) bytes read once (b bytes a value, k <= 65536). At 50 % in bf16 that is as much as
 // dense; it pays from there on and beats `bitmask` above some 90 %, where that scans mostly empty words.

@@ -8,7 +8,7 @@
 // panel                  x quantised, see panel/integers.h
 // y        as x          [tokens, m]                  any
 //
-// Lengths and scales are checked in check.cpp, pointers and shapes in bind.cpp. A unit is 64 rows.
+// Lengths and scales are checked in check.cpp, pointers and shapes in csrc/bind. A unit is 64 rows.
 //
 // Floor for one token: m k (b / 8 + s / group) bytes read once (b bits a code, s bytes a scale): int4 with fp16 scales
 // for 64 inputs 0.53 bytes a weight, a quarter of bf16. AVX-512 needs 24 operations for the 1024 codes of a group of

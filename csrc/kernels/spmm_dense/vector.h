@@ -8,7 +8,7 @@
 // scratch  fp32          [64/16][tokens][16]        64, sums that wait
 // y        as x          [tokens, m]                any
 //
-// Lengths are checked in check.cpp, pointers and shapes in bind.cpp. The loop is panel/fp32.h; a unit is 64 rows.
+// Lengths are checked in check.cpp, pointers and shapes in csrc/bind. The loop is panel/fp32.h; a unit is 64 rows.
 #pragma once
 #include "kernels/spmm_dense/layout.h"
 #include "panel/fp32.h"

@@ -9,7 +9,7 @@
 // scratch  u32           [k'] the strip's columns as absolute indices; then sums that wait, fp32 [V/16][tokens][16]
 // y        as x          [tokens, m]                    any
 //
-// Column ranges are checked in check.cpp, pointers and shapes in bind.cpp. The loop is panel/fp32.h: with x packed
+// Column ranges are checked in check.cpp, pointers and shapes in csrc/bind. The loop is panel/fp32.h: with x packed
 // column by column, a kept column is one index and no copy, so the strip costs N/M of the dense multiply-adds plus k'
 // index decodings. A unit is one strip.
 #pragma once

@@ -1,174 +1,24 @@
-// The only file that knows nanobind. It takes addresses, checks everything once, and releases the GIL around kernels.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// What a decode step does between its products, and a whole decoder layer of it.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <optional>
 #include <stdexcept>
 
 #include "attention/attention.h"
-#include "blob.h"
+#include "bind/bind.h"
 #include "decoder/decoder.h"
-#include "handles.h"
-#include "isa.h"
 #include "lookup/lookup.h"
 #include "norm/norm.h"
-#include "patches.h"
 #include "pointwise/pointwise.h"
-#include "pool.h"
-#include "roofline/roofline.h"
-#include "table.h"
-#include "threads.h"
 
-namespace nb = nanobind;
+namespace binding {
 
 namespace {
-
-using Names = std::vector<std::string>;
-
-const uint8_t* bytes(uintptr_t address) { return reinterpret_cast<const uint8_t*>(address); }
-
-bool runs_here(const zs::Kernel& kernel) {
-  for (int row = 0; row <= zs::isa::active(); ++row)
-    if (kernel.isa == std::string(zs::isa::name(row))) return true;
-  return false;
-}
-
-const zs::Kernel* named(const zs::Header& header, const std::string& name) {
-  const zs::Kernel* kernel = zs::find_kernel(name.c_str());
-  if (!kernel) throw std::invalid_argument("unknown kernel '" + name + "'");
-  if (!runs_here(*kernel)) throw std::invalid_argument("kernel '" + name + "' needs an ISA row that is not in force");
-  if (std::string(header.format, strnlen(header.format, 8)) != kernel->format ||
-      header.values != static_cast<uint8_t>(kernel->values))
-    throw std::invalid_argument("kernel '" + name + "' does not serve this blob");
-  return kernel;
-}
-
-// One call of a kernel, with everything checked but x.
-struct Checked {
-  std::shared_ptr<const zs::Handle> handle;
-  const zs::Kernel* kernel;
-  zs::Call call;
-};
-
-Checked checked(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
-                int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
-  auto handle = zs::handle_of(bytes(blob), nbytes);
-  const zs::Header& header = handle->weight.header;
-  if (k != header.k || m != header.m)
-    throw std::invalid_argument("the packed weight is " + std::to_string(header.m) + " x " + std::to_string(header.k) +
-                                ", the call has " + std::to_string(m) + " outputs and " + std::to_string(k) +
-                                " inputs");
-  if (type < 1 || type > 3 || activation < 0 || activation > 5 || threads < 1)
-    throw std::invalid_argument("type, activation or thread count out of range");
-  const zs::Kernel* kernel = name ? named(header, *name) : handle->kernel_for(tokens);
-  if (!kernel) throw std::invalid_argument("no kernel for this format and value type in this build");
-  const zs::Call call{&handle->weight,
-                      bytes(x),
-                      reinterpret_cast<const float*>(bias),
-                      reinterpret_cast<void*>(y),
-                      static_cast<zs::Type>(type),
-                      static_cast<zs::Activation>(activation),
-                      tokens,
-                      nullptr};
-  return {std::move(handle), kernel, call};
-}
-
-// x: [tokens, k] and y: [tokens, m] of type `type` (1 fp32, 2 bf16, 3 fp16); bias: fp32 [m] or 0.
-void linear(uintptr_t x, int type, int64_t tokens, int64_t k, uintptr_t blob, uint64_t nbytes, uintptr_t bias,
-            int activation, uintptr_t y, int64_t m, int threads, const std::optional<std::string>& name) {
-  const Checked made = checked(x, type, tokens, k, blob, nbytes, bias, activation, y, m, threads, name);
-  if (tokens == 0) return;
-  nb::gil_scoped_release release;
-  zs::run(*made.kernel, made.call, threads);
-}
-
-// Batch, channels, then three sizes each of: in, kernel, stride, dilation, before, out.
-using Sizes = std::vector<int64_t>;
-zs::Patches patches_of(const Sizes& sizes) {
-  if (sizes.size() != sizeof(zs::Patches) / sizeof(int64_t)) throw std::invalid_argument("a convolution has 20 sizes");
-  zs::Patches patches;
-  std::memcpy(&patches, sizes.data(), sizeof patches);
-  const std::string wrong = zs::problem(patches);
-  if (!wrong.empty()) throw std::invalid_argument(wrong);
-  return patches;
-}
-
-int64_t product(const int64_t (&sizes)[zs::kAxes], int64_t by) { return sizes[0] * sizes[1] * sizes[2] * by; }
-
-// x: [batch, in..., channels] of `elements` elements, y: [batch, out..., m]; the rest as for linear.
-void convolve(uintptr_t x, int type, int64_t elements, const Sizes& sizes, uintptr_t blob, uint64_t nbytes,
-              uintptr_t bias, int activation, uintptr_t y, int64_t m, int threads,
-              const std::optional<std::string>& name) {
-  const zs::Patches patches = patches_of(sizes);
-  const int64_t tokens = product(patches.out, patches.batch), k = product(patches.kernel, patches.channels);
-  if (elements != product(patches.in, patches.batch * patches.channels))
-    throw std::invalid_argument("x has " + std::to_string(elements) + " elements, its sizes say " +
-                                std::to_string(product(patches.in, patches.batch * patches.channels)));
-  const Checked made = checked(x, type, tokens, k, blob, nbytes, bias, activation, y, m, threads, name);
-  if (tokens == 0) return;
-  nb::gil_scoped_release release;
-  zs::run_patches(*made.kernel, made.call, patches, threads);
-}
-
-// What DLPack calls a managed tensor: a block of the pool, and where its sizes lie.
-struct Output {
-  nb::dlpack::dltensor tensor;
-  zs::Block* block;
-  void (*deleter)(Output*);
-  std::vector<int64_t> shape, strides;
-};
-
-zs::Pool& pool() {
-  static auto* pool = new zs::Pool;  // outlives every tensor
-  return *pool;
-}
-
-// A block of the pool as a DLPack capsule of type `type`. What gives it back needs no interpreter: a tensor may die in
-// any thread, and after Python has ended.
-nb::object output(std::vector<int64_t> shape, int type) {
-  if (type < 1 || type > 3) throw std::invalid_argument("type out of range");
-  int64_t nbytes = type == 1 ? 4 : 2;
-  for (const int64_t size : shape)
-    if (size < 0 || __builtin_mul_overflow(nbytes, size, &nbytes)) throw std::invalid_argument("shape out of range");
-  std::vector<int64_t> strides(shape.size());
-  for (int64_t i = static_cast<int64_t>(shape.size()) - 1, step = 1; i >= 0; step *= std::max<int64_t>(shape[i--], 1))
-    strides[i] = step;
-  auto made = std::make_unique<Output>();
-  made->shape = std::move(shape), made->strides = std::move(strides);
-  const auto code = type == 2 ? nb::dlpack::dtype_code::Bfloat : nb::dlpack::dtype_code::Float;
-  made->tensor.device = {nb::device::cpu::value, 0};
-  made->tensor.ndim = static_cast<int32_t>(made->shape.size());
-  made->tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(type == 1 ? 32 : 16), 1};
-  made->tensor.shape = made->shape.data(), made->tensor.strides = made->strides.data();
-  made->deleter = [](Output* self) {
-    pool().give(self->block);
-    delete self;
-  };
-  made->block = pool().take(nbytes);
-  made->tensor.data = made->block->data;
-  Output* const raw = made.release();
-  PyObject* capsule = PyCapsule_New(raw, "dltensor", [](PyObject* self) {  // nobody took it: whoever does renames it
-    if (PyCapsule_IsValid(self, "dltensor")) {
-      auto* const left = static_cast<Output*>(PyCapsule_GetPointer(self, "dltensor"));
-      left->deleter(left);
-    }
-  });
-  if (!capsule) {
-    raw->deleter(raw);
-    nb::raise_python_error();
-  }
-  return nb::steal(capsule);
-}
 
 void check_turned(const zs::Rotary& r) {
   if (r.batch < 0 || r.heads < 0 || r.groups < 0 || r.width < 0 || r.turned < 0 || r.turned % 2 || r.turned > r.depth)
@@ -369,72 +219,9 @@ std::pair<int64_t, int64_t> decode(const std::vector<Layer>& layers, int threads
   return spent;
 }
 
-void check(uintptr_t blob, uint64_t nbytes) { zs::validate(bytes(blob), nbytes); }
-
-Names kernels(uintptr_t blob, uint64_t nbytes) {
-  const auto handle = zs::handle_of(bytes(blob), nbytes);
-  Names names;
-  const zs::Kernel* kernel = nullptr;
-  while ((kernel = zs::next_kernel(handle->weight.header, kernel))) names.push_back(kernel->name);
-  return names;
-}
-
-std::string chosen(uintptr_t blob, uint64_t nbytes, int64_t tokens) {
-  const zs::Kernel* kernel = zs::handle_of(bytes(blob), nbytes)->kernel_for(tokens);
-  return kernel ? kernel->name : "";
-}
-
-void tune(uintptr_t blob, uint64_t nbytes, const std::vector<std::pair<std::optional<int64_t>, std::string>>& buckets) {
-  const auto handle = zs::handle_of(bytes(blob), nbytes);
-  std::vector<zs::Bucket> table;
-  int64_t last = 0;
-  for (const auto& [max_tokens, name] : buckets) {
-    const int64_t limit = max_tokens.value_or(std::numeric_limits<int64_t>::max());
-    if (limit <= last) throw std::invalid_argument("token buckets must ascend");
-    table.push_back({last = limit, named(handle->weight.header, name)});
-  }
-  if (last != std::numeric_limits<int64_t>::max()) throw std::invalid_argument("the last token bucket must be open");
-  zs::tune(handle->weight.header, std::move(table));
-}
-
-std::vector<std::pair<std::string, std::optional<std::string>>> isa_rows() {
-  std::vector<std::pair<std::string, std::optional<std::string>>> rows;
-  for (int row = 0; row < zs::isa::count(); ++row) {
-    const char* missing = zs::isa::missing(row);
-    rows.emplace_back(zs::isa::name(row), missing ? std::optional<std::string>(missing) : std::nullopt);
-  }
-  return rows;
-}
-
-int64_t multiply_add(bool bf16, int64_t rounds, int threads) {
-  if (rounds < 0 || threads < 1) throw std::invalid_argument("rounds or thread count out of range");
-  nb::gil_scoped_release release;
-  return zs::multiply_add(bf16, rounds, threads);
-}
-
-void read_once(uintptr_t data, int64_t nbytes, int threads) {
-  if (nbytes < 0 || threads < 1) throw std::invalid_argument("size or thread count out of range");
-  nb::gil_scoped_release release;
-  zs::read_once(reinterpret_cast<const float*>(data), nbytes, threads);
-}
-
-Names all_kernels() {
-  Names names;
-  for (int i = 0; i < zs::kernel_count(); ++i) names.push_back(zs::kernel_at(i)->name);
-  return names;
-}
-
 }  // namespace
 
-NB_MODULE(_core, module) {
-  module.doc() = "Kernels on packed weights. Takes addresses; use zeroskip.ops.";
-  module.def("linear", &linear, nb::arg("x"), nb::arg("type"), nb::arg("tokens"), nb::arg("k"), nb::arg("blob"),
-             nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"), nb::arg("threads"),
-             nb::arg("kernel") = nb::none());
-  module.def("convolve", &convolve, nb::arg("x"), nb::arg("type"), nb::arg("elements"), nb::arg("sizes"),
-             nb::arg("blob"), nb::arg("nbytes"), nb::arg("bias"), nb::arg("activation"), nb::arg("y"), nb::arg("m"),
-             nb::arg("threads"), nb::arg("kernel") = nb::none());
-  module.def("output", &output, nb::arg("shape"), nb::arg("type"));
+void decoding(nb::module_& module) {
   module.def("attend", &attend, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("mask"), nb::arg("y"),
              nb::arg("type"), nb::arg("scale"), nb::arg("sizes"), nb::arg("threads"));
   module.def("normalise", &normalise, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("type"),
@@ -447,16 +234,6 @@ NB_MODULE(_core, module) {
   module.def("lookup", &lookup, nb::arg("blob"), nb::arg("nbytes"), nb::arg("ids"), nb::arg("count"), nb::arg("y"),
              nb::arg("type"), nb::arg("threads"));
   module.def("decode", &decode, nb::arg("layers"), nb::arg("threads"));
-  module.def("check", &check, nb::arg("blob"), nb::arg("nbytes"));
-  module.def("hash_blob", [](uintptr_t blob, uint64_t nbytes) { return zs::hash_blob(bytes(blob), nbytes); });
-  module.def("kernels", &kernels, nb::arg("blob"), nb::arg("nbytes"));
-  module.def("chosen", &chosen, nb::arg("blob"), nb::arg("nbytes"), nb::arg("tokens"));
-  module.def("tune", &tune, nb::arg("blob"), nb::arg("nbytes"), nb::arg("buckets"));
-  module.def("forget_tuning", &zs::forget_tuning);
-  module.def("isa_rows", &isa_rows);
-  module.def("isa_active", [] { return std::string(zs::isa::name(zs::isa::active())); });
-  module.def("isa_limit", [](const std::string& row) { return zs::isa::limit(row.c_str()); });
-  module.def("all_kernels", &all_kernels);
-  module.def("multiply_add", &multiply_add, nb::arg("bf16"), nb::arg("rounds"), nb::arg("threads"));
-  module.def("read_once", &read_once, nb::arg("data"), nb::arg("nbytes"), nb::arg("threads"));
 }
+
+}  // namespace binding
