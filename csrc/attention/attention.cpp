@@ -1,26 +1,16 @@
 #include "attention/attention.h"
 
-#include "isa.h"
 #include "threads.h"
 
-namespace zs {
+#define ZS_ROOM attention
+#define ZS_LOOPS AttentionLoop
+#include "room.inc"
 
-#define ROW(name) extern const AttentionLoop attention_##name;
-#include "isa_rows.inc"
-#undef ROW
+namespace zs {
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 15;  // multiply-adds: below, waking the other threads takes longer
-
-const AttentionLoop& loop() {
-  static const AttentionLoop* const rows[] = {
-#define ROW(name) &attention_##name,
-#include "isa_rows.inc"
-#undef ROW
-  };
-  return *rows[isa::active()];
-}
 
 }  // namespace
 

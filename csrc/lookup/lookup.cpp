@@ -1,26 +1,16 @@
 #include "lookup/lookup.h"
 
-#include "isa.h"
 #include "threads.h"
 
-namespace zs {
+#define ZS_ROOM lookup
+#define ZS_LOOPS LookupLoop
+#include "room.inc"
 
-#define ROW(name) extern const LookupLoop lookup_##name;
-#include "isa_rows.inc"
-#undef ROW
+namespace zs {
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 15;  // numbers: below, waking the other threads takes longer
-
-const LookupLoop& loop() {
-  static const LookupLoop* const rows[] = {
-#define ROW(name) &lookup_##name,
-#include "isa_rows.inc"
-#undef ROW
-  };
-  return *rows[isa::active()];
-}
 
 }  // namespace
 

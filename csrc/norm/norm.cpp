@@ -1,26 +1,16 @@
 #include "norm/norm.h"
 
-#include "isa.h"
 #include "threads.h"
 
-namespace zs {
+#define ZS_ROOM norm
+#define ZS_LOOPS NormLoop
+#include "room.inc"
 
-#define ROW(name) extern const NormLoop norm_##name;
-#include "isa_rows.inc"
-#undef ROW
+namespace zs {
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 15;  // elements: below, waking the other threads takes longer
-
-const NormLoop& loop() {
-  static const NormLoop* const rows[] = {
-#define ROW(name) &norm_##name,
-#include "isa_rows.inc"
-#undef ROW
-  };
-  return *rows[isa::active()];
-}
 
 }  // namespace
 

@@ -1,27 +1,17 @@
 #include "pointwise/pointwise.h"
 
-#include "isa.h"
 #include "threads.h"
 
-namespace zs {
+#define ZS_ROOM pointwise
+#define ZS_LOOPS PointwiseLoop
+#include "room.inc"
 
-#define ROW(name) extern const PointwiseLoop pointwise_##name;
-#include "isa_rows.inc"
-#undef ROW
+namespace zs {
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 16;  // numbers: below, waking the other threads takes longer
 constexpr int64_t kPart = 64;        // numbers: no two threads write to one cache line
-
-const PointwiseLoop& loop() {
-  static const PointwiseLoop* const rows[] = {
-#define ROW(name) &pointwise_##name,
-#include "isa_rows.inc"
-#undef ROW
-  };
-  return *rows[isa::active()];
-}
 
 }  // namespace
 

@@ -2,35 +2,21 @@
 
 #include <algorithm>
 
-#include "isa.h"
 #include "threads.h"
+
+#define ZS_ROOM roofline
+#define ZS_LOOPS Roofline
+#include "room.inc"
 
 namespace zs {
 
-#define ROW(name) extern const Roofline roofline_##name;
-#include "isa_rows.inc"
-#undef ROW
-
-namespace {
-
-const Roofline& loops() {
-  static const Roofline* const rows[] = {
-#define ROW(name) &roofline_##name,
-#include "isa_rows.inc"
-#undef ROW
-  };
-  return *rows[isa::active()];
-}
-
-}  // namespace
-
 int64_t multiply_add(bool bf16, int64_t rounds, int threads) {
-  const auto loop = bf16 ? loops().bf16 : loops().fp32;
-  if (!loop) return 0;
+  const auto multiply = bf16 ? loop().bf16 : loop().fp32;
+  if (!multiply) return 0;
   int64_t operations = 0;
   on_each(threads, [&](int thread, int) {
     float sink;
-    const int64_t done = loop(rounds, &sink);
+    const int64_t done = multiply(rounds, &sink);
     if (thread == 0) operations = done;
   });
   return operations * threads;
@@ -41,7 +27,7 @@ void read_once(const float* data, int64_t nbytes, int threads) {
   on_each(threads, [&](int thread, int of) {
     const int64_t first = steps * thread / of, last = steps * (thread + 1) / of;
     float sink;
-    loops().read(data + first * kReadStep, (last - first) * kReadStep, &sink);
+    loop().read(data + first * kReadStep, (last - first) * kReadStep, &sink);
   });
 }
 
