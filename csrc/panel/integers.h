@@ -3,7 +3,7 @@
 //   y[t, i] = sum_g scale_w[i, g] scale_x[t, g] sum_(j in g) (code[i, j] - offset) q[t, j]
 //
 // The inner sum is exact in 32 bits. Codes are stored from 0 up, as the byte products want one unsigned operand; the
-// sum starts at -offset sum q, which costs nothing. x is packed into blocks of kIntegerBlock tokens:
+// sum starts at -offset sum q, which costs nothing. x is packed into blocks of at most kIntegerBlock tokens:
 //   [groups][tokens] i32, -offset sum q;  [groups][tokens] fp32, scale_x;  [inputs/4][tokens][4] i8 (or i16, see
 //   simd/dot.h), k padded to whole groups
 // A block's codes are taken apart once for all its tokens, and the panel stays in L1/L2 while the blocks go by. Of one
@@ -11,6 +11,12 @@
 // bandwidth (AVX2, 8 MB matrices from memory), one at 80 to 90 %. Fetching into L2 alone is 1.07 to 1.09 times as fast
 // with AVX-512 (Xeon without AMX, int4; int8 1.06) as into L1, whose few buffers wait for memory; 2, 4 and 8 KB ahead
 // are alike.
+//
+// Many tokens fall into blocks of equal size, for a block of few has too few chains of sums: 16 tokens are 16, not 12
+// and 4, 20 are two times 10. AVX-512 keeps 16 integer sums in registers and adds the groups up in L1; 20 and 24 tokens
+// no longer fit, at half the speed. With that, and with each block fetching ahead, whose first one would wait for
+// memory, int4 is 1.49 times as fast at 16 tokens, 1.24 at 32, 1.10 at 128, int8 1.39, 1.24 and 1.08 (2048 x 2048 from
+// memory, one thread of that Xeon), fetching being 1.17 and 1.2 of the second.
 //
 // Every output is one chain of additions over the groups, the same on every row, for any number of threads and
 // whatever else is in the batch.
@@ -22,8 +28,8 @@ namespace {
 namespace panel {
 
 using simd::i32;
-// Tokens of a block: as many sums of both kinds as there are registers (AVX2: the integer ones).
-constexpr int kIntegerBlock = simd::kLanes == 16 ? 12 : simd::kLanes == 8 ? 4 : 2;
+// Most tokens of a block: as many integer sums as there are registers for.
+constexpr int kIntegerBlock = simd::kLanes == 16 ? 16 : simd::kLanes == 8 ? 4 : 2;
 constexpr int64_t kIntegerPassBytes = 512 << 10;   // packed x of one pass: half of a 1 MB L2
 constexpr int64_t kAhead = 4096;                   // bytes that a stream of codes is fetched ahead
 constexpr int kNear = simd::kLanes == 16 ? 2 : 3;  // and how near: 2 is L2, 3 is L1
@@ -43,10 +49,16 @@ inline int64_t token_bytes(const zs::Header& header) {
   return groups(header) * (8 + header.group_size / 4 * kQuadBytes<kValues>);
 }
 
+// Tokens of all blocks but the last of a pass, so that the last has about as many.
+inline int64_t integer_block(int64_t tokens) {
+  const int64_t blocks = (tokens + kIntegerBlock - 1) / kIntegerBlock;
+  return (tokens + blocks - 1) / blocks;
+}
+
 template <zs::Values kValues>
-inline int64_t integer_pass_tokens(const zs::Header& header) {
-  const int64_t fit = kIntegerPassBytes / token_bytes<kValues>(header) / kIntegerBlock * kIntegerBlock;
-  const int64_t least = 4 * kIntegerBlock, most = 512 / kIntegerBlock * kIntegerBlock;
+inline int64_t integer_pass_tokens(const zs::Header& header, int64_t block) {
+  const int64_t fit = kIntegerPassBytes / token_bytes<kValues>(header) / block * block;
+  const int64_t least = 4 * block, most = 512 / block * block;
   return fit < least ? least : fit > most ? most : fit;
 }
 
@@ -102,9 +114,8 @@ inline void multiply_codes(const zs::Call& call, const Codes& panel, const uint8
     for (int t = 0; t < kTokens; ++t)
       for (int v = 0; v < kVectors; ++v) acc[t][v] = simd::set_i32(starts[g * kTokens + t]);
     for (int64_t s = 0; s < steps; ++s) {
-      if constexpr (kTokens < kIntegerBlock)
-        for (int64_t line = 0; line < code_bytes<kValues>(32); line += 64)
-          __builtin_prefetch(codes + kAhead + line, 0, kNear);
+      for (int64_t line = 0; line < code_bytes<kValues>(32); line += 64)
+        __builtin_prefetch(codes + kAhead + line, 0, kNear);
       if constexpr (kValues == zs::Values::int4)
         simd::dot_int4<kTokens>(acc, codes, x);
       else
@@ -138,9 +149,9 @@ inline void multiply_code_block(const zs::Call& call, const Codes& panel, const 
 // One panel for every token of the pass.
 template <zs::Values kValues>
 inline void multiply_code_panel(const zs::Call& call, zs::Pass pass, const Codes& panel) {
-  const int64_t bytes = token_bytes<kValues>(call.weight->header);
-  for (int64_t t = 0; t < pass.tokens; t += kIntegerBlock) {
-    const int64_t count = pass.tokens - t < kIntegerBlock ? pass.tokens - t : kIntegerBlock;
+  const int64_t bytes = token_bytes<kValues>(call.weight->header), block = integer_block(call.tokens);
+  for (int64_t t = 0; t < pass.tokens; t += block) {
+    const int64_t count = pass.tokens - t < block ? pass.tokens - t : block;
     multiply_code_block<kValues, kIntegerBlock>(call, panel, call.panel + t * bytes, pass.first + t, count);
   }
 }

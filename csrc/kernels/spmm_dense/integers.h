@@ -24,9 +24,8 @@ namespace integers {
 template <zs::Values kValues>
 zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const zs::Header& header = weight.header;
-  const int64_t pass = panel::integer_pass_tokens<kValues>(header);
-  return {pass, panel::kIntegerBlock, dense::units(header),
-          (tokens < pass ? tokens : pass) * panel::token_bytes<kValues>(header), 0};
+  const int64_t block = panel::integer_block(tokens), pass = panel::integer_pass_tokens<kValues>(header, block);
+  return {pass, block, dense::units(header), (tokens < pass ? tokens : pass) * panel::token_bytes<kValues>(header), 0};
 }
 
 template <zs::Values kValues>
