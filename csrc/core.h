@@ -60,10 +60,12 @@ struct Geometry {
   int64_t panel_bytes;    // shared buffer for one pass
   int64_t scratch_bytes;  // private buffer for one thread
   bool reads_x = false;   // whether run() reads x too, and not only pack()
+  bool uneven = false;    // whether one unit may take much longer than another
 };
 
 struct Pass {
   int64_t first, tokens;  // which tokens
+  int64_t packed;         // how many of them a pack unit took, but for the last one
 };
 
 struct Kernel {

@@ -113,7 +113,7 @@ void gather(const Patches& p, const void* x, int64_t size, int64_t first, int64_
 void run_patches(const Kernel& kernel, const Call& call, const Patches& patches, int threads) {
   thread_local Buffer panel, rows, scratch;
   const Geometry geometry = kernel.geometry(*call.weight, call.tokens);
-  const int64_t size = call.type == Type::fp32 ? 4 : 2;
+  const int64_t at_once = units_at_once(geometry, threads), size = call.type == Type::fp32 ? 4 : 2;
   const int64_t row_bytes = product(patches.kernel) * patches.channels * size;
   const int64_t pass_tokens = std::min(geometry.pass_tokens, call.tokens);
   const int64_t piece = geometry.panel_bytes ? geometry.pack_tokens : kGatherTokens;
@@ -132,7 +132,7 @@ void run_patches(const Kernel& kernel, const Call& call, const Patches& patches,
   {
     const int64_t thread = omp_get_thread_num();
     for (int64_t first = 0; first < call.tokens; first += pass_tokens) {
-      const Pass pass{0, std::min(pass_tokens, call.tokens - first)};
+      const Pass pass{0, std::min(pass_tokens, call.tokens - first), geometry.pack_tokens};
       part.tokens = pass.tokens;
       part.y = static_cast<uint8_t*>(call.y) + first * call.weight->header.m * size;
 #pragma omp for schedule(static)
@@ -143,7 +143,7 @@ void run_patches(const Kernel& kernel, const Call& call, const Patches& patches,
         if (!keep) part.x = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(here) - t * row_bytes);
         if (geometry.panel_bytes) kernel.pack(part, pass, t, count);
       }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, at_once)
       for (int64_t unit = 0; unit < geometry.units; ++unit) kernel.run(part, pass, unit, scratch_base + each * thread);
     }
   }

@@ -49,7 +49,7 @@ inline int64_t token_bytes(const zs::Header& header) {
   return groups(header) * (8 + header.group_size / 4 * kQuadBytes<kValues>);
 }
 
-// Tokens of all blocks but the last of a pass, so that the last has about as many.
+// Tokens of a block, so that the last of all has about as many.
 inline int64_t integer_block(int64_t tokens) {
   const int64_t blocks = (tokens + kIntegerBlock - 1) / kIntegerBlock;
   return (tokens + blocks - 1) / blocks;
@@ -149,7 +149,7 @@ inline void multiply_code_block(const zs::Call& call, const Codes& panel, const 
 // One panel for every token of the pass.
 template <zs::Values kValues>
 inline void multiply_code_panel(const zs::Call& call, zs::Pass pass, const Codes& panel) {
-  const int64_t bytes = token_bytes<kValues>(call.weight->header), block = integer_block(call.tokens);
+  const int64_t bytes = token_bytes<kValues>(call.weight->header), block = pass.packed;
   for (int64_t t = 0; t < pass.tokens; t += block) {
     const int64_t count = pass.tokens - t < block ? pass.tokens - t : block;
     multiply_code_block<kValues, kIntegerBlock>(call, panel, call.panel + t * bytes, pass.first + t, count);

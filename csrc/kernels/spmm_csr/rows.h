@@ -257,7 +257,7 @@ inline void multiply(const zs::Call& call, zs::Pass pass, Source& source, Scratc
 inline int64_t units(const zs::Header& header) { return (header.m + kRows - 1) / kRows; }
 
 inline zs::Geometry geometry(const zs::Header& header, int64_t tokens, int64_t scratch_bytes) {
-  return {pass_tokens(header.k), kPackTokens, units(header), panel_bytes(header.k, tokens), scratch_bytes};
+  return {pass_tokens(header.k), kPackTokens, units(header), panel_bytes(header.k, tokens), scratch_bytes, false, true};
 }
 
 }  // namespace rows
