@@ -131,3 +131,18 @@ def test_what_does_not_fit_is_refused() -> None:
             _core.convolve(x.data_ptr(), 1, x.numel(), wrong, blob.data_ptr(), blob.numel(), 0, 0, y.data_ptr(), 5, 1)
     with pytest.raises(ValueError, match="20 sizes"):
         _core.convolve(x.data_ptr(), 1, x.numel(), sizes[1:], blob.data_ptr(), blob.numel(), 0, 0, y.data_ptr(), 5, 1)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["dense", "bitmask"])
+@torch.inference_mode()
+def test_integers_whatever_the_number_of_positions(kind: str, values: str) -> None:
+    """How many tokens a block has depends on their number: what packs and what multiplies agree on it."""
+    conv = nn.Conv1d(16, 24, 4)
+    packed = pack(made(conv, 0.5), kind, values=values)
+    for count in (1, 5, 17, 20, 33, 500, 531, 1_043):
+        x = torch.randn(1, 16, count + 3)
+        for kernel in ops.kernels(packed):
+            y = convolve(x.movedim(1, -1), packed.blob, conv.bias, 24, geometry(conv), kernel)
+            rows = patches(conv, x)[0]
+            assert torch.equal(y.view(-1, 24), ops.run(packed, rows, conv.bias, None, kernel)), (kernel, count)
