@@ -15,11 +15,12 @@
 // shorter passes (AVX2, units of 64 rows, weights from memory): 1.05 to 1.3 times as fast from 64 tokens on where k is
 // 2048 or more, 1.0 to 1.1 at 32, the same where k is short; up to 24 tokens 0.75 to 0.95, as short runs of a panel
 // hinder prefetching. So few tokens take whole rows. Stretches of 56, 100 and 200 KB are alike, those of 24 KB 0.9
-// times as fast. A last block of up to three tokens that takes all panels gains 1.05 to 1.18 at 8 tokens. While the
-// blocks of a panel go by, the weights that come next are fetched, a share by each block, for else the first block
-// waits for memory: at 32 tokens 1.1 to 1.15 times as fast, of strips 1.15 to 1.25 (2048 x 2048), from 128 tokens on
-// the same. None of this depends on more than token count and k, and none changes a bit of the result: rules, not
-// choices to be measured.
+// times as fast. A single block fetches its own weights, 2 KB ahead in each panel: bf16 from memory 1.17 times as fast
+// at one token, 1.37 at 8, fp32 1.0 and 1.28 (AVX-512, 4096 x 4096). A last block of up to three tokens that takes all
+// panels gains 1.05 to 1.18 at 8 tokens. While the blocks of a panel go by, the weights that come next are fetched, a
+// share by each block, for else the first block waits for memory: at 32 tokens 1.1 to 1.15 times as fast, of
+// strips 1.15 to 1.25 (2048 x 2048), from 128 tokens on the same. None of this depends on more than token count and k,
+// and none changes a bit of the result: rules, not choices to be measured.
 //
 // AVX-512 without bf16 instructions (two cores of an Intel Xeon, one thread, weights from memory, share of the measured
 // peak): two multiply-adds a cycle leave no port free to widen bf16, one operation for 12 or 14. So of more than
@@ -34,25 +35,16 @@
 // Every output is one chain of additions in column order, whatever the block, so results depend neither on the number
 // of threads nor on what else is in the batch.
 #pragma once
-#include "panel/activations.h"
+#include "panel/blocks.h"
 #include "panel/epilogue.h"
-#include "panel/transpose4.h"
 
 namespace {
 namespace panel {
 
-using zs::kPanel;
-constexpr int kVectors = kPanel / simd::kLanes;                // vectors of one panel
-constexpr int kSums = simd::kRegisters == 32 ? 28 : 12;        // accumulators that fit beside weights and broadcast
-constexpr int kBlock = kVectors == 1 ? 14 : kSums / kVectors;  // tokens of a full block
-constexpr bool kWide = simd::kLanes == 16;                     // AVX-512
-constexpr int64_t kPassTokens = (kWide ? 14 : 42) * kBlock;    // most tokens of one pass
-constexpr int64_t kPassBytes = 512 << 10;                      // packed x of one pass where the weight fits in L2
-constexpr int64_t kNearBytes = 1 << 20;                        // such a weight
-constexpr int64_t kStretchBytes = 100 << 10;                   // weights of a panel and x of a block in a stretch
-constexpr int64_t kLine = 64;                                  // bytes that are fetched at once
-constexpr int64_t kWholeTokens = 4 * kBlock;                   // up to so many tokens a stretch is all of k
-constexpr int64_t kWidenedColumns = 512;                       // of a stretch whose bf16 weights are widened first
+constexpr int64_t kStretchBytes = 100 << 10;  // weights of a panel and x of a block in a stretch
+constexpr int64_t kAlone = 2048;              // bytes that a single block fetches ahead
+constexpr int64_t kWholeTokens = 4 * kBlock;  // up to so many tokens a stretch is all of k
+constexpr int64_t kWidenedColumns = 512;      // of a stretch whose bf16 weights are widened first
 
 // How many panels a block of `tokens` takes at once.
 constexpr int panels_at_once(int tokens) {
@@ -70,12 +62,6 @@ struct Strip {
   int64_t first_row, rows;  // output rows of the strip
 };
 
-// Tokens of a pass: a large weight is read once for many, a small one stays in L2, and so should x.
-inline int64_t pass_tokens(int64_t k, int64_t weight_bytes) {
-  const int64_t fit = weight_bytes > kNearBytes ? kPassTokens : kPassBytes / (k * 4) / kBlock * kBlock;
-  return fit < 4 * kBlock ? 4 * kBlock : fit > kPassTokens ? kPassTokens : fit;
-}
-
 // Kept columns of a strip that are multiplied at once, a multiple of 32; everything where the strip is used only once.
 struct Stretch {
   int64_t begin, end;
@@ -83,6 +69,7 @@ struct Stretch {
   int64_t tokens;        // of the pass
   const uint8_t* ahead;  // where a full block begins to fetch what comes next, its step for each line of weights
   int64_t ahead_step, ahead_panel;  // and from one panel to the next
+  bool alone = false;               // whether the block fetches its own weights, as nobody has before it
 };
 
 inline bool whole(int64_t tokens) { return tokens <= kWholeTokens; }
@@ -107,42 +94,6 @@ inline int64_t stretch_columns(const Strip& strip, int64_t k) {
   return fit < 32 ? 32 : fit;
 }
 
-// Packs tokens [first, first + count) of the pass, one block (count <= kBlock): dst[c * count + t] = x[t, c]. Sixteen
-// columns at a time, four tokens by four columns in registers: storing single floats took half the time of a
-// convolution of 64 channels.
-inline void pack_block(const zs::Call& call, zs::Pass pass, int64_t first, int64_t count) {
-  constexpr int64_t kColumns = 16;
-  const int64_t k = call.weight->header.k, at = (pass.first + first) * k;
-  float* dst = reinterpret_cast<float*>(call.panel) + first * k;
-  alignas(64) float lines[kBlock * kColumns];
-  for (int64_t c = 0; c < k; c += kColumns) {
-    const int64_t columns = k - c < kColumns ? k - c : kColumns;
-    const float* src = lines;
-    int64_t step = kColumns;
-    if (call.type == zs::Type::fp32 && columns == kColumns) {
-      src = static_cast<const float*>(call.x) + at + c;
-      step = k;
-    } else {
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t v = 0; v < columns; v += simd::kLanes)
-          simd::store(lines + t * kColumns + v, columns - v >= simd::kLanes
-                                                    ? load_as(call.x, at + t * k + c + v, call.type)
-                                                    : load_tail(call.x, at + t * k + c + v, columns - v, call.type));
-    }
-    int64_t t = 0;
-    if (columns == kColumns) {
-      for (; t + 4 <= count; t += 4)
-        for (int64_t j = 0; j < kColumns; j += 4)
-          transpose4(src + t * step + j, step, dst + (c + j) * count + t, count);
-      for (; t + 2 <= count; t += 2)
-        for (int64_t j = 0; j < kColumns; j += 4)
-          transpose2(src + t * step + j, step, dst + (c + j) * count + t, count);
-    }
-    for (; t < count; ++t)
-      for (int64_t j = 0; j < columns; ++j) dst[(c + j) * count + t] = src[t * step + j];
-  }
-}
-
 template <int kTokens, int kPanels, zs::Values kValues, bool kSkip>
 inline void multiply(const zs::Call& call, const Strip& strip, const Stretch& stretch, int64_t first_panel,
                      const float* x, zs::Pass pass, int64_t token) {
@@ -160,6 +111,7 @@ inline void multiply(const zs::Call& call, const Strip& strip, const Stretch& st
         for (f32& sum : row) sum = simd::zero();
   }
   const uint8_t* base = strip.values + first_panel * strip.panel_bytes;
+  constexpr int64_t kColumn = kPanel * (kValues == zs::Values::bf16 ? 2 : 4);
 
   // One column: kPanels x kVectors weights, made by `weights(p, v)`, times kTokens activations.
   const auto step = [&](int64_t j, auto&& weights) __attribute__((always_inline)) {
@@ -174,8 +126,10 @@ inline void multiply(const zs::Call& call, const Strip& strip, const Stretch& st
     }
   };
   const uint8_t* ahead = stretch.ahead;
-  const auto fetch = [&]() __attribute__((always_inline)) {
-    if constexpr (kTokens == kBlock) {
+  const auto fetch = [&](int64_t j) __attribute__((always_inline)) {
+    if (stretch.alone) {
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(base + p * strip.panel_bytes + j * kColumn + kAlone);
+    } else if constexpr (kTokens == kBlock) {
       for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead + p * stretch.ahead_panel);
       ahead += stretch.ahead_step;
     }
@@ -187,18 +141,18 @@ inline void multiply(const zs::Call& call, const Strip& strip, const Stretch& st
       });
     };
     int64_t j = stretch.begin;
-    if constexpr (kTokens == kBlock)
-      for (; j + 2 <= stretch.end; j += 2) {
-        fetch();
-        column(j);
-        column(j + 1);
-      }
+    for (; j + 2 <= stretch.end; j += 2) {
+      fetch(j);
+      if (stretch.alone) fetch(j + 1);
+      column(j);
+      column(j + 1);
+    }
     for (; j < stretch.end; ++j) column(j);
   } else {
     // The halves of a pair are loaded apart: with both in registers one sum would live in memory (AVX2: half the
     // speed).
     for (int64_t j = stretch.begin; j < stretch.end; j += 2) {
-      fetch();
+      fetch(j);
       step(j, [=](const uint8_t* panel, int lane) __attribute__((always_inline)) {
         return simd::load_even(reinterpret_cast<const uint16_t*>(panel) + j * kPanel + lane * 2);
       });
@@ -306,9 +260,11 @@ inline void multiply_strip(const zs::Call& call, zs::Pass pass, const Strip& str
                            : end < strip.kept ? from * strip.panel_bytes + end * kColumn
                                               : (panels + from) * strip.panel_bytes;  // as a rule the next strip's
       for (int64_t t = 0; t < full; t += kBlock) {
+        stretch.alone = blocks == 1;
         if (blocks > 1) stretch.ahead = strip.values + next + t / kBlock * (end - begin) * kColumn / blocks;
         multiply(p, last, t, kBlock);
       }
+      stretch.alone = blocks == 0;
       if (rest && !late) multiply(p, last, full, rest);
     }
     if (rest && late) multiply(0, panels, full, rest);
