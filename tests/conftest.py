@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "\n\n".join(f"return the {word} of a list in order" for word in ("name", "key", "file", "item") * 4)
     )
     return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the decoder layers whose step the core computed, but for trials."""
+    from zeroskip import decoder_stepper
+
+    count, trying = [0], [0]
+    run, tried = decoder_stepper.run, decoder_stepper.Stepper._try
+
+    def counted(made: Any) -> None:
+        count[0] += 0 if trying[0] else len(made)
+        run(made)
+
+    def trial(self: Any, *args: Any) -> bool:
+        trying[0] += 1
+        try:
+            return tried(self, *args)
+        finally:
+            trying[0] -= 1
+
+    monkeypatch.setattr(decoder_stepper, "run", counted)
+    monkeypatch.setattr(decoder_stepper.Stepper, "_try", trial)
+    return count

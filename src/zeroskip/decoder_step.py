@@ -7,6 +7,8 @@ norms, products, rotary positions written into the cache, attention and residual
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,8 @@ NO_NORM = (0, 0, 0)
 # Addresses, sizes, sizes of this call, numbers, kernels: csrc/bind says in which order.
 Call = tuple[list[int], Sequence[int], list[int], Sequence[float], Sequence[str | None] | None]
 Held = list[Tensor | None]
+_numbers = itertools.count()
+_steps: weakref.WeakValueDictionary[int, DecoderStep] = weakref.WeakValueDictionary()
 
 
 class DecoderStep:
@@ -36,6 +40,12 @@ class DecoderStep:
     parts : Parts
         `depth` and `scale` are those of its attention module.
 
+    Attributes
+    ----------
+    number : int
+        By which the op finds the step while it lives: what is traced would otherwise pass on some twenty tensors a
+        layer, and a small model spends more on them than on its products.
+
     Raises
     ------
     ZeroskipError
@@ -44,6 +54,8 @@ class DecoderStep:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self.number = next(_numbers)
+        _steps[self.number] = self
         q, k, v, _, gate, _, _ = (layer.out_features for layer in parts.products)
         depth, scale = (
             getattr(parts.attention, "head_dim", None),
@@ -75,6 +87,7 @@ class DecoderStep:
             raise ZeroskipError(f"products of {sizes} do not follow on one another")
         norms = [(0.0, 0.0) if norm is None else norm.__dict__[CONSTANTS] for norm in parts.all_norms]
         self.numbers = [scale, *(number for pair in norms for number in pair)]
+        self.outputs = tuple(layer.out_features for layer in parts.products)
         self.shape = [
             heads,
             groups,
@@ -107,71 +120,37 @@ class DecoderStep:
         mask : Tensor or None
             bool [batch or 1, 1, 1, place.token + 1], its last stride 1.
         """
-        products = self.parts.products
-        own: Any = [layer._parameters for layer in products]
-        norms = [None if norm is None else norm._parameters["weight"] for norm in self.parts.all_norms]
-        kernels = [layer.kernel for layer in products]
-        return prepared(
-            x, y, cos, sin, *place, mask, [each["weight"] for each in own], [each["bias"] for each in own], norms,
-            self.shape, self.numbers, kernels if any(kernels) else None,
-        )  # fmt: skip
-
-    def constants(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Return what does not change from step to step: sizes with the codes of activations, and numbers."""
-        return tuple(self.shape), tuple(self.numbers)
-
-
-def prepared(
-    x: Tensor,
-    y: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token: int,
-    mask: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor | None],
-    shape: Sequence[int],
-    numbers: Sequence[float],
-    kernels: Sequence[str | None] | None = None,
-) -> tuple[Call, Held]:
-    """Return the call of a layer whose parts these are, in the order of `Parts`, and what it reads; nothing is checked.
-
-    `keys` and `values` [batch, groups, capacity, depth] get the token at `token`; `shape` and `numbers` are those of
-    `DecoderStep`; the rest is as for a step.
-    """
-    address = mask_stride = 0
-    if mask is not None:
-        address, mask_stride = (
-            mask.data_ptr(),
-            mask.stride(0) if mask.shape[0] > 1 else 0,
-        )
-    addresses = [
-        x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), address,
-    ]  # fmt: skip
-    held: Held = []
-    for blob, bias, m in zip(weights, biases, _outputs(shape), strict=True):
-        blob, at = aligned(blob), 0
-        if bias is not None:
-            bias = fp32_bias(bias, m)
-            at = bias.data_ptr()
-        held += (blob, bias)  # a copy of either has to last
-        addresses += (blob.data_ptr(), blob.numel(), at)
-    for weight in norms:
-        if weight is None:
-            addresses += NO_NORM
-            continue
-        weight = weight.contiguous()
-        held.append(weight)
-        addresses += (weight.data_ptr(), TYPES.get(weight.dtype, 0), weight.numel())
-    turned = cos.shape[2]
-    by, of = keys.stride(), values.stride()
-    call = [
-        TYPES[x.dtype], x.shape[0], token, turned, turned if cos.shape[0] > 1 else 0, mask_stride, *by[:3], *of[:3],
-    ]  # fmt: skip
-    return (addresses, shape, call, numbers, kernels), held
+        (keys, values, token), shape = place, self.shape
+        address = mask_stride = 0
+        if mask is not None:
+            address, mask_stride = mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0
+        addresses = [
+            x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), address,
+        ]  # fmt: skip
+        held: Held = []
+        for product, m in zip(self.parts.products, self.outputs, strict=True):
+            own: Any = product._parameters
+            blob, bias, at = aligned(own["weight"]), own["bias"], 0
+            if bias is not None:
+                bias = fp32_bias(bias, m)
+                at = bias.data_ptr()
+            held += (blob, bias)  # a copy of either has to last
+            addresses += (blob.data_ptr(), blob.numel(), at)
+        for norm in self.parts.all_norms:
+            if norm is None:
+                addresses += NO_NORM
+                continue
+            weight: Any = norm._parameters["weight"]
+            weight = weight.contiguous()
+            held.append(weight)
+            addresses += (weight.data_ptr(), TYPES.get(weight.dtype, 0), weight.numel())
+        turned = cos.shape[2]
+        by, of = keys.stride(), values.stride()
+        call = [
+            TYPES[x.dtype], x.shape[0], token, turned, turned if cos.shape[0] > 1 else 0, mask_stride, *by[:3], *of[:3],
+        ]  # fmt: skip
+        kernels = [layer.kernel for layer in self.parts.products]
+        return (addresses, shape, call, self.numbers, kernels if any(kernels) else None), held
 
 
 def run(calls: Sequence[Call]) -> None:
@@ -188,48 +167,28 @@ def run(calls: Sequence[Call]) -> None:
         raise ZeroskipError(str(error)) from None
 
 
-def _outputs(shape: Sequence[int]) -> tuple[int, ...]:
-    heads, groups, depth, width, hidden, inner = shape[:6]
-    return heads * depth, groups * depth, groups * width, hidden, inner, inner, hidden
-
-
 def _decode(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    token: Tensor,
-    mask: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor | None],
-    shape: Sequence[int],
-    numbers: Sequence[float],
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, token: Tensor, mask: Tensor | None, number: int
 ) -> Tensor:
     """The op: checks what is given, for anybody may call it."""
-    at = int(token)
-    batch, groups, depth, width, hidden = (
-        x.shape[0],
-        shape[1],
-        shape[2],
-        shape[3],
-        shape[4],
-    )
+    step = _steps.get(number)
+    if step is None:
+        raise ZeroskipError(f"decode: there is no layer {number} any more: compile the model anew")
+    at, batch = int(token), x.shape[0]
     fits = (
         x.dtype in TYPES
-        and x.shape[1:] == (1, hidden)
+        and x.shape[1:] == (1, step.hidden)
         and cos.shape == sin.shape
         and cos.dim() == 3
         and cos.shape[0] in (1, batch)
         and cos.shape[1] == 1
+        and cos.shape[2] % 2 == 0
+        and cos.shape[2] <= step.depth
         and keys.dim() == values.dim() == 4
-        and keys.shape == (batch, groups, values.shape[2], depth)
-        and values.shape == (batch, groups, keys.shape[2], width)
+        and keys.shape == (batch, step.groups, values.shape[2], step.depth)
+        and values.shape == (batch, step.groups, keys.shape[2], step.width)
         and keys.stride(3) == values.stride(3) == 1
-        and all(each.dtype is x.dtype and each.is_cpu for each in (cos, sin, keys, values))
-        and all(each.dtype is torch.int8 for each in weights)
-        and (len(weights), len(biases), len(norms)) == (7, 7, 6)
+        and cos.dtype is sin.dtype is keys.dtype is values.dtype is x.dtype
         and 0 <= at < keys.shape[2]
     )
     if fits and mask is not None:
@@ -237,13 +196,10 @@ def _decode(
         fits = fits and mask.shape[1:3] == (1, 1) and mask.shape[3] > at
     if not fits:
         given = [list(each.shape) for each in (x, cos, sin, keys, values)]
-        raise ZeroskipError(f"decode: token {at} and tensors {given} do not fit the layer of sizes {list(shape[:6])}")
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        raise ZeroskipError(f"decode: token {at} and tensors {given} do not fit the layer of sizes {step.shape[:6]}")
+    x = x.contiguous()
     y = torch.empty_like(x)
-    call, _held = prepared(
-        x, y, cos, sin, keys, values, at, mask, weights, biases, norms, list(shape),
-        list(numbers),
-    )  # fmt: skip
+    call, _held = step.prepare(x, y, cos.contiguous(), sin.contiguous(), Place(keys, values, at), mask)
     run([call])
     return y
 
@@ -254,7 +210,7 @@ def _decode_fake(x: Tensor, *rest: Any) -> Tensor:
 
 decode = register(
     "decode(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor token, Tensor? mask, "
-    "Tensor[] weights, Tensor?[] biases, Tensor?[] norms, int[] shape, float[] numbers) -> Tensor",
+    "int number) -> Tensor",
     _decode,
     _decode_fake,
 )

@@ -24,11 +24,11 @@ from zeroskip.hf_attention import in_use
 from zeroskip.hf_cache import Place, fill, place_of
 from zeroskip.native import TYPES, is_plain
 
-__all__ = ["STEP", "TRACED", "Stepper"]
+__all__ = ["STEP", "Stepper", "Traced"]
 
 log = logging.getLogger(__name__)
 
-STEP, TRACED = "zeroskip_step", "zeroskip_traced"
+STEP = "zeroskip_step"
 CACHES = ("cache", "past_key_values")  # its name since transformers 5.24, and before
 KNOWN = {*CACHES, "attention_mask", "position_ids", "use_cache", "position_embeddings"}
 TRIED = 3  # tokens before the one that is tried
@@ -57,6 +57,15 @@ class Ahead(NamedTuple):
     keys: Tensor  # of the cache before
     place: Place
     y: Tensor
+
+
+class Traced(NamedTuple):
+    """What torch.compile has to know of a layer that was tried: which step, and of what it is that step."""
+
+    number: int
+    dtype: torch.dtype
+    norm_names: tuple[str | None, ...]
+    weights: tuple[Tensor | None, ...]  # of products and norms, in the order of `Parts`
 
 
 class Last(NamedTuple):
@@ -92,6 +101,7 @@ class Stepper:
         self.step: DecoderStep | None = None
         self.tried: dict[torch.dtype, bool] = {}
         self.next: weakref.ref[nn.Module] | None = None
+        self.traced: Traced | None = None
         self.alone = False  # once it was computed ahead and not called, or with something else
 
     def __reduce__(self) -> tuple[type[Stepper], tuple[()]]:
@@ -123,7 +133,11 @@ class Stepper:
         if known is None:
             known = self.tried[x.dtype] = self._try(theirs, x, kwargs)
             if known:
-                layer.__dict__[TRACED] = (*self.step.constants(), x.dtype, self.step.parts.norm_names)
+                parts = self.step.parts
+                weights = tuple(
+                    None if part is None else part._parameters["weight"] for part in (*parts.products, *parts.all_norms)
+                )
+                self.traced = Traced(self.step.number, x.dtype, parts.norm_names, weights)
         return self._step(layer, Given(x, cache, angles, mask)) if known and x.shape[1] == 1 else None
 
     def known(self) -> DecoderStep:
@@ -135,8 +149,7 @@ class Stepper:
         if self.parts is None or not self.parts.untouched():
             if self.parts is not None and self.parts.in_place():
                 return False
-            self.parts, self.step, self.tried = parts_of(layer), None, {}
-            layer.__dict__.pop(TRACED, None)
+            self.parts, self.step, self.tried, self.traced = parts_of(layer), None, {}, None
             if self.parts is None:
                 return False
             try:

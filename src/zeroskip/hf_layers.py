@@ -14,7 +14,7 @@ from torch import nn
 
 from zeroskip.decoder_parts import ACTIVATION, ATTENTION, PRODUCTS, parts_of
 from zeroskip.decoder_step import decode
-from zeroskip.decoder_stepper import STEP, TRACED, Stepper
+from zeroskip.decoder_stepper import STEP, Stepper, Traced
 from zeroskip.derived import derive, restore
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.folding import Done
@@ -22,11 +22,11 @@ from zeroskip.planning.folding import Done
 __all__ = ["attach_layers", "detach_layers"]
 
 
-def _traced(layer: Any, x: Any, kwargs: Mapping[str, Any]) -> Any:
+def _traced(layer: Any, known: Traced, x: Any, kwargs: Mapping[str, Any]) -> Any:
     """Under torch.compile, with a static cache: the op, if the step was tried, else None. What is traced is simple."""
     cache = kwargs["cache"] if "cache" in kwargs else kwargs.get("past_key_values")
     angles, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
-    shape, numbers, dtype, names = layer.zeroskip_traced
+    dtype = known.dtype
     if layer.training or cache is None or angles is None or x.dim() != 3 or x.shape[1] != 1 or x.dtype != dtype:
         return None
     attention, activation = _part(layer, ATTENTION), _part(layer, ACTIVATION)
@@ -38,18 +38,17 @@ def _traced(layer: Any, x: Any, kwargs: Mapping[str, Any]) -> Any:
     if attention.config._attn_implementation != "sdpa":
         return None
     products = [_part(layer, name) for name in PRODUCTS]
-    norms = [None if name is None else _part(layer, name) for name in names]
+    norms = [None if name is None else _part(layer, name) for name in known.norm_names]
+    for each, weight in zip([*products, *norms], known.weights, strict=True):
+        if each is not None and each.weight is not weight:
+            return None
     for each in products:
         if type(each) is not PackedLinear or each.kernel is not None:
             return None
     for each in [*products, *norms, activation, attention]:
         if each is not None and (len(each._forward_hooks) or len(each._forward_pre_hooks)):
             return None
-    y = decode(
-        x, angles[0], angles[1], held.keys, held.values, held.cumulative_length, mask,
-        [each.weight for each in products], [each.bias for each in products],
-        [None if each is None else each.weight for each in norms], shape, numbers,
-    )  # fmt: skip
+    y = decode(x, angles[0], angles[1], held.keys, held.values, held.cumulative_length, mask, known.number)
     held.cumulative_length.add_(1)
     return y
 
@@ -67,14 +66,13 @@ def _part(layer: Any, name: str) -> Any:
 class OneStep(nn.Module):
     """Before the class of a decoder layer: its step where that may be."""
 
-    zeroskip_traced: tuple[tuple[int, ...], tuple[float, ...], torch.dtype, tuple[str | None, ...]] | None = None
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         y = None
         if not torch.compiler.is_compiling():
             y = self.__dict__[STEP](self, super().forward, args, kwargs)
-        elif self.zeroskip_traced is not None and len(args) == 1 and not _watched():
-            y = _traced(self, args[0], kwargs)
+        elif len(args) == 1 and not _watched():
+            known = self.__dict__[STEP].traced
+            y = None if known is None else _traced(self, known, args[0], kwargs)
         return super().forward(*args, **kwargs) if y is None else y
 
 
@@ -90,5 +88,4 @@ def detach_layers(model: nn.Module) -> None:
     """Give them their own classes back."""
     for module in model.modules():
         if module.__dict__.pop(STEP, None) is not None:
-            module.__dict__.pop(TRACED, None)
             restore(module)
