@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -126,6 +127,7 @@ class Step:
         self.model, self.last = model, ids[:, -1:]
         self.filled = model(ids[:1], use_cache=True, **last_only(model)).past_key_values
         self.filled.batch_repeat_interleave(len(ids))
+        self._name = cache_name(model)
         self.again()
 
     def again(self) -> None:
@@ -133,7 +135,12 @@ class Step:
         self.cache = copy.deepcopy(self.filled)
 
     def __call__(self) -> object:
-        return self.model(self.last, past_key_values=self.cache, use_cache=True)
+        return self.model(self.last, use_cache=True, **{self._name: self.cache})
+
+
+def cache_name(model: Any) -> str:
+    """Return how a model's forward calls its keys and values: the name changed with transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def last_only(model: Any) -> dict[str, int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip import decode_ops, decoder_step, ops
-from zeroskip.bench.llm_models import generate
+from zeroskip.bench.llm_models import cache_name, generate
 from zeroskip.bench.llm_steps import StepProfile
 
 __all__ = ["profile_step"]
@@ -103,14 +103,15 @@ def profile_step(name: str, model: Any, ids: Tensor, compiled: bool = False) -> 
     watched: list[tuple[float, float, int]] = []
     with torch.inference_mode():
         cache, last = model(ids, use_cache=True).past_key_values, ids[:, -1:]
+        given = {cache_name(model): cache, "use_cache": True}
         for place in range(2 * STEPS + WARM):
             clock = _Clock()
             started = time.perf_counter()
             if place % 2:
                 with _watched(clock):
-                    model(last, past_key_values=cache, use_cache=True)
+                    model(last, **given)
             else:
-                model(last, past_key_values=cache, use_cache=True)
+                model(last, **given)
             spent = time.perf_counter() - started
             if place < WARM:
                 continue
@@ -163,7 +164,7 @@ def _compiled(model: Any, ids: Tensor) -> tuple[float | None, str | None]:
 
     try:
         cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 3 * STEPS)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, use_cache=True, **{cache_name(model): cache})
         forward = torch.compile(_forward(model), dynamic=False)
         steps = []
         for place in range(STEPS + WARM):
@@ -180,7 +181,9 @@ def _compiled(model: Any, ids: Tensor) -> tuple[float | None, str | None]:
 
 
 def _forward(model: nn.Module) -> Callable[..., Any]:
+    name = cache_name(model)
+
     def forward(ids: Tensor, cache: Any, positions: Tensor) -> Any:
-        return model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+        return model(ids, position_ids=positions, use_cache=True, **{name: cache}).logits
 
     return forward
