@@ -25,11 +25,13 @@
 //
 // 128 columns of one token take 7.8 cycles for int4 (groups of 32, 64, 128: 8.8, 7.8, 7.2) and 7.2 to 7.9 for int8, as
 // llvm-mca says (Xeon with AVX-512, no AMX, 3.07 GHz, weights in L1 or L2): 50 and 52 billion weights a second, or 21
-// and 34 GB/s. Ending a row and making its products of scales takes about 100 cycles more, half as much again for a row
-// of 4096. What 7.8 cycles took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
+// and 34 GB/s. What 7.8 cycles took: the high nibbles stay where they are, 16 times the code against a sixteenth of the
 // scale, instead of a shift (half a cycle more); expanding over the code of zero instead of into zeros and subtracting
 // under the mask, one operation a chunk. A second product that subtracts (zero code) q under the mask would need a
-// masked move and a product more a chunk. 8 tokens take 36 cycles.
+// masked move and a product more a chunk. 8 tokens take 36 cycles. The rest of a row costs as much again as a third of
+// it: of 256 rows of 4096 in L2, everything included, 28 billion weights a second became 33 by products of scales
+// without a loop over tokens inside (12 %), four pairs a turn (3 to 10 %) and starts added up by lanes, not by columns
+// (5 %, of the packing of x). Products of 4 to 32 rows at a time gain nothing in L2 and lose 2 to 8 % from memory.
 //
 // Codes 4096 bytes and bits and scales 512 bytes ahead are fetched, which is 1.10 to 1.13 times as fast as codes alone
 // 1024 bytes ahead, with one thread and with two (4096 x 4096, 50 %, from memory). What did not pay: two rows in turns
@@ -49,105 +51,22 @@
 // it (on Zen 1 and 2 it is microcode). So dense integers stay the better choice there, and what is measured when a
 // model is compiled.
 #pragma once
-#include "kernels/spmm_bitmask/poison.h"
+#include "kernels/spmm_bitmask/bytes.h"
 #include "panel/epilogue.h"
-#include "panel/quantize.h"
-#include "simd/codes.h"
 
 namespace {
 namespace integers {
 
-using simd::f32;
-using zs::Values;
 constexpr int64_t kUnitRows = 32;
-constexpr int64_t kAtOnce = 8;                 // tokens of one expansion
 constexpr int64_t kStepBytes = 8192;           // q of one step; the starts may take as much again
-constexpr int64_t kPassBytes = 1 << 20;        // packed x of one pass: an L2
 constexpr bool kFar = simd::kRegisters == 32;  // how far ahead to fetch: measured on each kind of row
 constexpr int64_t kPrefetchBytes = kFar ? 4096 : 1024, kPrefetchBits = 512, kPrefetchScales = 512;
 constexpr int64_t kPair = 128;
-
-inline int64_t columns(const zs::Header& header) { return bitmask::words(header) * 32; }
-inline int64_t groups(const zs::Header& header) { return columns(header) / header.group_size; }  // some may not exist
-inline int64_t start_lanes(const zs::Header& header) {
-  return static_cast<Values>(header.values) == Values::int4 ? simd::start_lanes<Values::int4>(header.group_size)
-                                                            : simd::start_lanes<Values::int8>(header.group_size);
-}
-inline int64_t token_bytes(const zs::Header& header) {
-  return (columns(header) + groups(header) * 4 * (1 + start_lanes(header)) + 4095) / 4096 * 4096 + 512;
-}
-inline int64_t flags_bytes(int64_t tokens) { return (tokens + 63) / 64 * 64; }
-inline int64_t pass_tokens(const zs::Header& header) {
-  const int64_t fit = kPassBytes / token_bytes(header) / kAtOnce * kAtOnce;
-  return fit < kAtOnce ? kAtOnce : fit > 256 ? 256 : fit;
-}
-
-// x of one token as the panel holds it.
-struct Token {
-  int8_t* q;
-  int32_t* starts;
-  float* scales;
-};
-inline Token token_at(const zs::Call& call, zs::Pass pass, int64_t t) {
-  const zs::Header& header = call.weight->header;
-  uint8_t* at = call.panel + flags_bytes(pass.tokens) + t * token_bytes(header);
-  int32_t* starts = reinterpret_cast<int32_t*>(at + columns(header));
-  float* scales = reinterpret_cast<float*>(starts + groups(header) * start_lanes(header));
-  return {reinterpret_cast<int8_t*>(at), starts, scales};
-}
 
 struct alignas(64) Scratch {
   f32 sums[kUnitRows][kAtOnce];
   float products[kStepBytes / 32];
 };
-
-// One group of one token; true if there was Inf or NaN in it.
-inline bool quantize_finite(const zs::Call& call, int64_t at, int64_t count, int64_t size, int8_t* q,
-                            panel::Quantized& made) {
-  alignas(64) float x[panel::kLargestGroup];
-  for (int64_t i = 0; i < size; i += simd::kLanes) {
-    f32 v = simd::zero();
-    if (i + simd::kLanes <= count)
-      v = panel::load_as(call.x, at + i, call.type);
-    else if (i < count)
-      v = panel::load_tail(call.x, at + i, count - i, call.type);
-    simd::store(x + i, v);
-  }
-  const bool poisoned = bitmask::make_finite(x, size);
-  made = panel::quantize_group(x, 0, size, size, zs::Type::fp32, q);
-  return poisoned;
-}
-
-template <Values kValues>
-void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
-  const zs::Header& header = call.weight->header;
-  const int64_t k = header.k, size = header.group_size;
-  for (int64_t t = first; t < first + tokens; ++t) {
-    const Token token = token_at(call, pass, t);
-    bool poisoned = false;
-    for (int64_t g = 0; g < groups(header); ++g) {
-      const int64_t left = k - g * size;
-      panel::Quantized made;
-      poisoned |= quantize_finite(call, (pass.first + t) * k + g * size,
-                                  left < 0      ? 0
-                                  : left < size ? left
-                                                : size,
-                                  size, token.q + g * size, made);
-      const bool high = simd::is_sixteenfold<kValues>(size) && g * size / 64 % 2;
-      token.scales[g] = high ? made.scale / 16 : made.scale;
-      const int64_t lanes = simd::start_lanes<kValues>(size);
-      const int32_t factor = (high ? -16 : -1) * simd::kZeroCode<kValues>;
-      int32_t* starts = token.starts + g * lanes;
-      for (int64_t i = 0; i < lanes; ++i) starts[i] = 0;
-      for (int64_t quad = 0; lanes && quad < size / 4; quad += lanes)
-        for (int64_t i = 0; i < lanes; ++i) {
-          const int8_t* q = token.q + g * size + (quad + i) * 4;
-          starts[i] += factor * (q[0] + q[1] + q[2] + q[3]);
-        }
-    }
-    call.panel[t] = poisoned;
-  }
-}
 
 inline zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
   const zs::Header& header = weight.header;
