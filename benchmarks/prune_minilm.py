@@ -4,8 +4,9 @@
 
 Variants, all in 8:16@64 with values rotated: `demo` prunes as the demo does (obs+tune, 2,700 texts); `distill` goes on
 with all layers at once (obs+tune+distill), and calibrates on the first paragraphs of these texts too, for short ones
-are what the task asks with; `obs` and `permute` leave tuning out, without and with channels permuted; `long` tunes the
-blocks on all texts of the calibration modules. Results already in the JSON file are not measured again.
+are what the task asks with; `distill-all` does so with all texts of the calibration modules; `obs` and `permute` leave
+tuning out, without and with channels permuted; `long` tunes the blocks on all texts. Results already in the JSON file
+are not measured again.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ALL = 10**6  # texts: more than there are
 VARIANTS = {
     "demo": {"method": METHOD},
     "distill": {"method": f"{METHOD}+distill", "paragraphs": True},
+    "distill-all": {"method": f"{METHOD}+distill", "texts": ALL, "paragraphs": True},
     "long": {"method": METHOD, "texts": ALL},
     "obs": {"method": "obs"},
     "permute": {"method": "obs", "permute": True},
