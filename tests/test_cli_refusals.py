@@ -155,6 +155,7 @@ def test_weights_that_are_not_finite(encoder, tmp_path, bad):
         (("--tokens", "0"), "at least 1"),
         (("--tokens", "one"), "--tokens 'one'"),
         (("--tokens", "1:-3"), "a weight is a number above 0"),
+        (("--tokens", "1:10,4,1:5"), "1 has two weights"),
     ],
 )
 def test_a_compilation_that_is_not_served(encoder, tmp_path, options, problem):

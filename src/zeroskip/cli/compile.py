@@ -89,12 +89,17 @@ def token_counts(text: str) -> list[int] | dict[int, float]:
     """
     parts = [part.partition(":") for part in text.split(",")]
     try:
-        counts: list[int] | dict[int, float] = [int(count) for count, _, _ in parts]
-        if any(colon for _, colon, _ in parts):
-            counts = {int(count): float(weight) if colon else 1.0 for count, colon, weight in parts}
+        counts = [int(count) for count, _, _ in parts]
+        weights = [float(weight) if colon else 1.0 for _, colon, weight in parts]
     except ValueError:
         raise ZeroskipError(f"--tokens {text!r}: give counts such as 1,32,512, or with weights 1:10,512:1") from None
     from zeroskip.planning.tokens import Tokens as Counts
 
-    Counts.parse(counts)  # before a large model is loaded
-    return counts
+    given: list[int] | dict[int, float] = counts
+    if any(colon for _, colon, _ in parts):
+        twice = [count for count in counts if counts.count(count) > 1]
+        if twice:
+            raise ZeroskipError(f"--tokens {text!r}: {twice[0]} has two weights: give it one")
+        given = dict(zip(counts, weights, strict=True))
+    Counts.parse(given)  # before a large model is loaded
+    return given

@@ -19,6 +19,7 @@ from zeroskip.bench.dense import rivals
 from zeroskip.dense_layers import OneDnnLinear
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack, value_types
+from zeroskip.formats.blob import check
 from zeroskip.nn import PackedLinear
 from zeroskip.quantize import LIMIT, group_of
 
@@ -230,6 +231,7 @@ class _Forced(nn.Module):
 
     def __init__(self, blob: Tensor, bias: Tensor | None, m: int, kernel: str) -> None:
         super().__init__()
+        check(blob)  # now: the first call would, and of many copies most are called once or twice
         self.weight = nn.Parameter(blob, requires_grad=False)
         kept = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", kept)
