@@ -96,7 +96,7 @@ def test_the_op_is_traced_and_checked():
 
 def test_what_was_compiled_takes_the_weights_that_are_there():
     """Also those of a copy, and those that took another's place after compiling or for the time of a call."""
-    model = attached()
+    model = attached("Qwen2")
     where = {"position_ids": torch.full((2, 1), 7), "use_cache": True}
 
     def step(which, forward):
@@ -127,13 +127,16 @@ def test_what_was_compiled_takes_the_weights_that_are_there():
             ours = step(model, forward)
             torch.testing.assert_close(ours, step(model, model), atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)
-        swapped = dict(model.named_parameters())
-        name = "model.layers.1.mlp.up_proj.weight"
-        swapped[name] = swapped["model.layers.1.mlp.gate_proj.weight"]
+        own = dict(model.named_parameters())
+        for name, value in (
+            ("model.layers.1.mlp.up_proj.weight", own["model.layers.1.mlp.gate_proj.weight"]),
+            ("model.layers.1.self_attn.q_proj.bias", own["model.layers.1.self_attn.q_proj.bias"] + 1),
+        ):
+            swapped = own | {name: value}
 
-        def other(*args, **kwargs):
-            return torch.func.functional_call(model, swapped, args, kwargs)
+            def other(*args, swapped=swapped, **kwargs):
+                return torch.func.functional_call(model, swapped, args, kwargs)
 
-        compiled = torch.compile(other, backend="aot_eager")
-        torch.testing.assert_close(step(model, compiled), step(model, other), atol=2e-5, rtol=2e-5)
+            compiled = torch.compile(other, backend="aot_eager")
+            torch.testing.assert_close(step(model, compiled), step(model, other), atol=2e-5, rtol=2e-5)
     torch.compiler.reset()

@@ -66,6 +66,7 @@ class Traced(NamedTuple):
     dtype: torch.dtype
     norm_names: tuple[str | None, ...]
     weights: tuple[Tensor | None, ...]  # of products and norms, in the order of `Parts`
+    biases: tuple[Tensor | None, ...]  # of products
 
 
 class Last(NamedTuple):
@@ -137,7 +138,8 @@ class Stepper:
                 weights = tuple(
                     None if part is None else part._parameters["weight"] for part in (*parts.products, *parts.all_norms)
                 )
-                self.traced = Traced(self.step.number, x.dtype, parts.norm_names, weights)
+                biases = tuple(product._parameters["bias"] for product in parts.products)
+                self.traced = Traced(self.step.number, x.dtype, parts.norm_names, weights, biases)
         return self._step(layer, Given(x, cache, angles, mask)) if known and x.shape[1] == 1 else None
 
     def known(self) -> DecoderStep:

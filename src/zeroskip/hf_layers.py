@@ -42,6 +42,9 @@ def _traced(layer: Any, known: Traced, x: Any, kwargs: Mapping[str, Any]) -> Any
     for each, weight in zip([*products, *norms], known.weights, strict=True):
         if each is not None and each.weight is not weight:
             return None
+    for each, bias in zip(products, known.biases, strict=True):
+        if each.bias is not bias:
+            return None
     for each in products:
         if type(each) is not PackedLinear or each.kernel is not None:
             return None
