@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from zeroskip import _core
 from zeroskip.prune.learner import Learner
 
+ROWS = [name for name, missing in _core.isa_rows() if missing is None]
 DATA = Path(os.environ.get("ZEROSKIP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ORIGINS = {
     "correlated": "a generator of one layer with correlated inputs, written for this project",
@@ -91,20 +93,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the decoder layers whose step the core computed, but for trials."""
     from zeroskip import decoder_stepper
 
-    count, trying = [0], [0]
-    run, tried = decoder_stepper.run, decoder_stepper.Stepper._try
+    count, run = [0], decoder_stepper.run
 
     def counted(made: Any) -> None:
-        count[0] += 0 if trying[0] else len(made)
+        count[0] += len(made)
         run(made)
 
-    def trial(self: Any, *args: Any) -> bool:
-        trying[0] += 1
-        try:
-            return tried(self, *args)
-        finally:
-            trying[0] -= 1
-
     monkeypatch.setattr(decoder_stepper, "run", counted)
-    monkeypatch.setattr(decoder_stepper.Stepper, "_try", trial)
     return count
+
+
+@pytest.fixture(params=ROWS)
+def row(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on every row of this CPU; return its name."""
+    best = _core.isa_active()
+    assert _core.isa_limit(request.param)
+    yield request.param
+    assert _core.isa_limit(best)

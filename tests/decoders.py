@@ -63,3 +63,17 @@ def steps(model, ids, mask=None, count=9, **more):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         told.append(out.logits[:, -1])
     return torch.stack(told)
+
+
+def compiled_steps(model, theirs, ids):
+    """Compare three steps of a compiled model with another's; yield the place of each, and both static caches."""
+    caches = [transformers.StaticCache(config=m.config, max_cache_len=16) for m in (model, theirs)]
+    for each, cache in zip((model, theirs), caches, strict=True):
+        each(ids, past_key_values=cache)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for place in range(7, 10):
+        where = {"position_ids": torch.full((2, 1), place), "use_cache": True}
+        ours = compiled(ids[:, :1], past_key_values=caches[0], **where).logits
+        want = theirs(ids[:, :1], past_key_values=caches[1], **where).logits
+        torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)
+        yield place, caches

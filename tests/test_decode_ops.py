@@ -7,20 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zeroskip import _core
 from zeroskip.decode_ops import attend, attend_plain, can_attend, normalise
 from zeroskip.errors import ZeroskipError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = [name for name, missing in _core.isa_rows() if missing is None]
-
-
-@pytest.fixture(params=ROWS)
-def row(request):
-    best = _core.isa_active()
-    assert _core.isa_limit(request.param)
-    yield request.param
-    assert _core.isa_limit(best)
 
 
 def oracle(q, k, v, mask, scale):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from decoders import IDS, attached, made
+from decoders import IDS, attached, compiled_steps, made
 from torch import nn
 
 from zeroskip import decoder_step
@@ -23,15 +23,8 @@ def test_a_step_under_torch_compile_is_one_op_a_layer(name, monkeypatch):
         lambda made: made_of.extend(call[2][2] for call in made) or run(made),
     )
     with torch.no_grad():
-        caches = [transformers.StaticCache(config=m.config, max_cache_len=16) for m in (model, theirs)]
-        for each, cache in zip((model, theirs), caches, strict=True):
-            each(IDS, past_key_values=cache)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for place in range(7, 10):
-            where = {"position_ids": torch.full((2, 1), place), "use_cache": True}
-            ours = compiled(IDS[:, :1], past_key_values=caches[0], **where).logits
-            want = theirs(IDS[:, :1], past_key_values=caches[1], **where).logits
-            torch.testing.assert_close(ours, want, atol=2e-5, rtol=2e-5)
+        for place, both in compiled_steps(model, theirs, IDS):
+            caches = both
             assert made_of == [place] * 2
             made_of.clear()
         for one, other in zip(*(cache.layers for cache in caches), strict=True):

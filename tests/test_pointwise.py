@@ -8,15 +8,6 @@ from hypothesis import strategies as st
 from zeroskip import _core
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-ROWS = [name for name, missing in _core.isa_rows() if missing is None]
-
-
-@pytest.fixture(params=ROWS)
-def row(request):
-    best = _core.isa_active()
-    assert _core.isa_limit(request.param)
-    yield request.param
-    assert _core.isa_limit(best)
 
 
 def turned_by(x, cos, sin):

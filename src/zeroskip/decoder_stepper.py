@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from zeroskip.decoder_parts import Parts, parts_of
 from zeroskip.decoder_step import DecoderStep, run
+from zeroskip.decoder_trial import gives_the_same
 from zeroskip.errors import ZeroskipError
 from zeroskip.hf_attention import in_use
-from zeroskip.hf_cache import Place, fill, place_of
+from zeroskip.hf_cache import CACHES, Place, fill, place_of
 from zeroskip.native import TYPES, is_plain
 
 __all__ = ["STEP", "Stepper", "Traced"]
@@ -29,9 +30,7 @@ __all__ = ["STEP", "Stepper", "Traced"]
 log = logging.getLogger(__name__)
 
 STEP = "zeroskip_step"
-CACHES = ("cache", "past_key_values")  # its name since transformers 5.24, and before
 KNOWN = {*CACHES, "attention_mask", "position_ids", "use_cache", "position_embeddings"}
-TRIED = 3  # tokens before the one that is tried
 
 
 class Given(NamedTuple):
@@ -132,7 +131,7 @@ class Stepper:
             return None
         known = self.tried.get(x.dtype)
         if known is None:
-            known = self.tried[x.dtype] = self._try(theirs, x, kwargs)
+            known = self.tried[x.dtype] = gives_the_same(self.step, theirs, x, kwargs)
             if known:
                 parts = self.step.parts
                 weights = tuple(
@@ -230,59 +229,6 @@ class Stepper:
         if found is None or found.alone or not found.tried.get(dtype) or not found._found(layer):
             return None
         return found if found.step is not None and found.tried.get(dtype) else None
-
-    def _alone(self, x: Tensor, angles: Any, cache: Any, mask: Tensor) -> Tensor | None:
-        """Compute this layer and no other, for a trial."""
-        step: Any = self.step
-        place, y = self._place(x, cache, mask), torch.empty_like(x)
-        if place is None:
-            return None
-        call, _held = step.prepare(x, y, *angles, place, mask)
-        run([call])
-        fill(cache, step.index, place)
-        return y
-
-    def _try(self, theirs: Callable[..., Any], like: Tensor, kwargs: Mapping[str, Any]) -> bool:
-        """Return whether the step gives the bits of the layer's own forward, on two sequences, one of them padded."""
-        from transformers import DynamicCache
-
-        step: Any = self.step
-        draw = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=draw).to(like.dtype)
-
-        turned, index = kwargs["position_embeddings"][0].shape[2], step.index
-        x, angles = (
-            random(2, 1, step.hidden),
-            (random(2, 1, turned), random(2, 1, turned)),
-        )
-        held = (
-            random(2, step.groups, TRIED, step.depth),
-            random(2, step.groups, TRIED, step.width),
-        )
-        mask = torch.ones(2, 1, 1, TRIED + 1, dtype=torch.bool)
-        mask[1, :, :, 0] = False
-        name = next(each for each in CACHES if each in kwargs)
-        given = {**kwargs, "position_embeddings": angles, "attention_mask": mask}
-        if kwargs.get("position_ids") is not None:
-            given["position_ids"] = torch.full((2, 1), TRIED)
-        told = []
-        try:
-            for ours in (False, True):
-                given[name] = cache = DynamicCache()
-                cache.update(held[0].clone(), held[1].clone(), index)
-                y = self._alone(x, angles, cache, mask) if ours else theirs(x, **given)
-                told.append((y, cache.layers[index].keys, cache.layers[index].values))
-        except Exception as error:  # whatever else the layer wants
-            log.info("a decoder layer takes its own forward: %s", error)
-            return False
-        same = all(
-            isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in zip(*told, strict=True)
-        )
-        if not same:
-            log.info("a decoder layer computes something else than its names say: it takes its own forward")
-        return same
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Place", "attach_cache", "fill", "give_room", "place_of"]
+__all__ = ["CACHES", "Place", "attach_cache", "fill", "give_room", "place_of"]
 
+CACHES = ("cache", "past_key_values")  # its name in calls since transformers 5.24, and before
 LEAST_BYTES = 1 << 17  # of all keys of a layer: below, copying them costs less than the Python around a room
 STEP = 64  # tokens that a buffer grows by at least; or an eighth of what it holds
 
