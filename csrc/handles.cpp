@@ -29,13 +29,16 @@ std::string key_of(const Header& h) {
   return key;
 }
 
-// Where nothing was measured: the highest row, but no matrix unit for a handful of tokens.
+// Where nothing was measured: the highest row; for a handful of tokens no matrix unit, and the first of two ways.
 std::vector<Bucket> default_buckets(const Header& header) {
   constexpr int64_t kOpen = std::numeric_limits<int64_t>::max();
   const Kernel* best = next_kernel(header, nullptr);
   if (!best) return {};
-  if (!std::strcmp(best->isa, "amx"))
-    if (const Kernel* vector = next_kernel(header, best)) return {{header.group_size ? 8 : 3, vector}, {kOpen, best}};
+  const Kernel* next = next_kernel(header, best);
+  if (!next) return {{kOpen, best}};
+  const int64_t few = header.group_size ? 8 : 3;
+  if (!std::strcmp(best->isa, "amx")) return {{few, next}, {kOpen, best}};
+  if (!std::strcmp(best->isa, next->isa)) return {{few, best}, {kOpen, next}};
   return {{kOpen, best}};
 }
 

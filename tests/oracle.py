@@ -32,7 +32,7 @@ def cases() -> list[Case]:
     """Every kernel that can run here under the ISA row in force."""
     isa = zs.isa()
     rows = isa.available[: isa.available.index(isa.active) + 1]
-    name = re.compile(rf"spmm_(.+)_({'|'.join([*VALUES, *LIMIT])})_({'|'.join(rows)})")
+    name = re.compile(rf"spmm_(.+)_({'|'.join([*VALUES, *LIMIT])})(?:_[a-z]+)?_({'|'.join(rows)})")
     found = [(match[1], match[2], match[0]) for each in _core.all_kernels() if (match := name.fullmatch(each))]
     return sorted(found)
 

@@ -62,9 +62,10 @@ inline int64_t integer_pass_tokens(const zs::Header& header, int64_t block) {
   return fit < least ? least : fit > most ? most : fit;
 }
 
-// Packs tokens [first, first + count) of the pass, one block.
-template <zs::Values kValues>
-inline void pack_integers(const zs::Call& call, zs::Pass pass, int64_t first, int64_t count) {
+// Packs tokens [first, first + count) of the pass, one block. quantize(t, at, count, q) makes the `count` activations
+// at x[at] of token t of the block a group of bytes.
+template <zs::Values kValues, typename Quantize>
+inline void pack_integers(const zs::Call& call, zs::Pass pass, int64_t first, int64_t count, Quantize quantize) {
   const zs::Header& header = call.weight->header;
   const int64_t k = header.k, size = header.group_size, all = groups(header);
   uint8_t* block = call.panel + first * token_bytes<kValues>(header);
@@ -75,7 +76,7 @@ inline void pack_integers(const zs::Call& call, zs::Pass pass, int64_t first, in
     for (int64_t g = 0; g < all; ++g) {
       alignas(64) int8_t q[kLargestGroup];
       const int64_t at = (pass.first + first + t) * k + g * size, left = k - g * size;
-      const Quantized made = quantize_group(call.x, at, left < size ? left : size, size, call.type, q);
+      const Quantized made = quantize(t, at, left < size ? left : size, q);
       starts[g * count + t] = -kOffset<kValues> * made.sum;
       scales[g * count + t] = made.scale;
       uint8_t* dst = quads + (g * size / 4 * count + t) * kQuadBytes<kValues>;
@@ -93,15 +94,15 @@ inline void pack_integers(const zs::Call& call, zs::Pass pass, int64_t first, in
 // One panel as a kernel sees it.
 struct Codes {
   const uint8_t* codes;   // [inputs/4][16][4] of int8, [inputs/8][16][4] of int4
-  const uint8_t* scales;  // [groups][16], fp16 or fp32
-  int64_t first_row, rows;
+  const uint8_t* scales;  // [groups][16]
+  zs::Type type;          // of the scales
 };
 
-template <zs::Values kValues, int kTokens>
-inline void multiply_codes(const zs::Call& call, const Codes& panel, const uint8_t* block, int64_t token) {
-  const zs::Header& header = call.weight->header;
+// finish(token, tokens, sums [tokens][16]) gets the sums, the token counted in the pass.
+template <zs::Values kValues, int kTokens, typename Finish>
+inline void multiply_codes(const zs::Header& header, const Codes& panel, const uint8_t* block, int64_t token,
+                           Finish finish) {
   const int64_t all = groups(header), steps = header.group_size / 32;
-  const auto type = static_cast<zs::Type>(header.scales);
   const int32_t* starts = reinterpret_cast<const int32_t*>(block);
   const float* x_scales = reinterpret_cast<const float*>(block) + all * kTokens;
   const uint8_t *x = block + all * kTokens * 8, *codes = panel.codes;
@@ -124,7 +125,7 @@ inline void multiply_codes(const zs::Call& call, const Codes& panel, const uint8
       x += 8 * kTokens * kQuadBytes<kValues>;
     }
     for (int v = 0; v < kVectors; ++v) {
-      const f32 scale = load_as(panel.scales, g * zs::kPanel + v * simd::kLanes, type);
+      const f32 scale = load_as(panel.scales, g * zs::kPanel + v * simd::kLanes, panel.type);
       for (int t = 0; t < kTokens; ++t)
         sums[t][v] =
             simd::fma(simd::mul(simd::to_f32(acc[t][v]), scale), simd::set(x_scales[g * kTokens + t]), sums[t][v]);
@@ -133,26 +134,27 @@ inline void multiply_codes(const zs::Call& call, const Codes& panel, const uint8
   alignas(64) float tile[kTokens][zs::kPanel];
   for (int t = 0; t < kTokens; ++t)
     for (int v = 0; v < kVectors; ++v) simd::store(tile[t] + v * simd::kLanes, sums[t][v]);
-  finish_tokens(call, token, kTokens, panel.first_row, panel.rows, tile[0]);
+  finish(token, kTokens, tile[0]);
 }
 
 // `count` (<= kTokens) tokens: the compile-time number is found by descent.
-template <zs::Values kValues, int kTokens>
-inline void multiply_code_block(const zs::Call& call, const Codes& panel, const uint8_t* block, int64_t token,
-                                int64_t count) {
+template <zs::Values kValues, int kTokens, typename Finish>
+inline void multiply_code_block(const zs::Header& header, const Codes& panel, const uint8_t* block, int64_t token,
+                                int64_t count, Finish finish) {
   if (count == kTokens)
-    multiply_codes<kValues, kTokens>(call, panel, block, token);
+    multiply_codes<kValues, kTokens>(header, panel, block, token, finish);
   else if constexpr (kTokens > 1)
-    multiply_code_block<kValues, kTokens - 1>(call, panel, block, token, count);
+    multiply_code_block<kValues, kTokens - 1>(header, panel, block, token, count, finish);
 }
 
 // One panel for every token of the pass.
-template <zs::Values kValues>
-inline void multiply_code_panel(const zs::Call& call, zs::Pass pass, const Codes& panel) {
-  const int64_t bytes = token_bytes<kValues>(call.weight->header), block = pass.packed;
+template <zs::Values kValues, typename Finish>
+inline void multiply_code_panel(const zs::Call& call, zs::Pass pass, const Codes& panel, Finish finish) {
+  const zs::Header& header = call.weight->header;
+  const int64_t bytes = token_bytes<kValues>(header), block = pass.packed;
   for (int64_t t = 0; t < pass.tokens; t += block) {
     const int64_t count = pass.tokens - t < block ? pass.tokens - t : block;
-    multiply_code_block<kValues, kIntegerBlock>(call, panel, call.panel + t * bytes, pass.first + t, count);
+    multiply_code_block<kValues, kIntegerBlock>(header, panel, call.panel + t * bytes, t, count, finish);
   }
 }
 

@@ -10,6 +10,7 @@
 //   is_sixteenfold<values>      whether those of a second chunk are 16 times the code, as they lie in the high nibble:
 //                               its starts must be so too, and its scales a sixteenth
 //   expand_pair                 the codes of a pair; moves `codes` on; may read 64 bytes beyond the last code
+//   store_codes                 a chunk's 64 codes as bytes from 0 up
 //   add_pair                    sums += the pair's products with x, per group of kGroup columns times its scale
 #pragma once
 #include "simd/dot.h"
@@ -59,6 +60,11 @@ inline void expand_pair(const uint32_t* bits, const uint8_t*& codes, Chunk (&out
     out[1] = _mm512_mask_expand_epi8(zero, second, high);
     codes += count + other;
   }
+}
+
+template <zs::Values>
+inline void store_codes(uint8_t* out, const Chunk& chunk) {
+  _mm512_storeu_si512(out, chunk);
 }
 
 template <zs::Values, int kGroup, int kSums>
@@ -167,6 +173,13 @@ ZS_INLINE void expand_pair(const uint32_t* bits, const uint8_t*& codes, Chunk (&
   }
 }
 
+template <zs::Values kValues>
+ZS_INLINE void store_codes(uint8_t* out, const Chunk& chunk) {
+  const __m256i sign = _mm256_set1_epi8(kUnsigned<kValues> ? 0 : -128);
+  for (int i = 0; i < 2; ++i)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, _mm256_xor_si256(chunk.half[i], sign));
+}
+
 // 16-bit sums of two neighbours each, of 32 columns.
 template <zs::Values kValues>
 inline __m256i multiply_32(__m256i codes, const int8_t* x) {
@@ -241,6 +254,11 @@ inline void expand_pair(const uint32_t* bits, const uint8_t*& codes, Chunk (&out
   const uint8_t* first = expand_chunk<kValues, 0>(bits, codes, out[0]);
   const uint8_t* second = expand_chunk<kValues, 4>(bits + 2, kValues == zs::Values::int4 ? codes : first, out[1]);
   codes = first > second ? first : second;
+}
+
+template <zs::Values>
+inline void store_codes(uint8_t* out, const Chunk& chunk) {
+  memcpy(out, chunk.code, sizeof chunk.code);
 }
 
 template <zs::Values, int kGroup, int kSums>

@@ -95,6 +95,33 @@ def test_all_codes(case: tuple[str, str, str]) -> None:
                     assert torch.equal(call(packed, x, kernel=kernel), expect(weight, x)[0].float())
 
 
+@each_integer
+def test_panels_give_the_bits_of_dense(case: tuple[str, str, str]) -> None:
+    """What is expanded into panels is multiplied as `dense` does."""
+    name, values, kernel = case
+    if "_panels_" not in kernel:
+        return
+    other = kernel.replace("_panels", "")
+    for m, k, size in [(1, 1, 64), (3, 15, 32), (17, 130, 64), (64, 256, 128), (70, 333, 32), (31, 1000, 128)]:
+        packed = zs.pack(next(examples(name, m, k, values, seed=k)), name, values, size)
+        dense = zs.pack(zs.unpack(packed), "dense", values, size, packed.scales)
+        assert packed.codes is not None and dense.codes is not None and torch.equal(packed.codes, dense.codes)
+        for tokens in (1, 9, 16, 17, 33, 300):
+            x = random(tokens, k, seed=tokens)
+            wanted = call(dense, x, kernel=other.replace(name, "dense"))
+            assert torch.equal(call(packed, x, kernel=kernel), wanted)
+
+
+@pytest.mark.parametrize("values", LIMIT)
+def test_where_nothing_was_measured_many_tokens_take_panels(values: str) -> None:
+    row = zs.isa().active
+    packed = zs.pack(next(examples("bitmask", 20, 64, values)), "bitmask", values)
+    few, many = f"spmm_bitmask_{values}_{row}", f"spmm_bitmask_{values}_panels_{row}"
+    if row == "amx":
+        few, many = f"spmm_bitmask_{values}_avx512bf16", few
+    assert [packed.kernel_for(tokens) for tokens in (1, 8, 9, 500)] == [few, few, many, many]
+
+
 @each_kernel
 def test_inf_and_nan_reach_the_rows_that_use_them(case: tuple[str, str, str]) -> None:
     """Each output is what adding w x gives: Inf with its sign, NaN from Inf - Inf, untouched where w is 0."""

@@ -30,7 +30,10 @@ zs::Geometry geometry(const zs::Weight& weight, int64_t tokens) {
 
 template <zs::Values kValues>
 void pack(const zs::Call& call, zs::Pass pass, int64_t first, int64_t tokens) {
-  panel::pack_integers<kValues>(call, pass, first, tokens);
+  const int64_t size = call.weight->header.group_size;
+  panel::pack_integers<kValues>(call, pass, first, tokens, [&](int64_t, int64_t at, int64_t count, int8_t* q) {
+    return panel::quantize_group(call.x, at, count, size, call.type, q);
+  });
 }
 
 template <zs::Values kValues>
@@ -41,7 +44,11 @@ void run(const zs::Call& call, zs::Pass pass, int64_t unit, uint8_t*) {
   for (int64_t row = first; row < end; row += zs::kPanel)
     panel::multiply_code_panel<kValues>(
         call, pass,
-        {dense::codes(*call.weight, row / zs::kPanel), dense::scales(*call.weight, row / zs::kPanel), row, end - row});
+        {dense::codes(*call.weight, row / zs::kPanel), dense::scales(*call.weight, row / zs::kPanel),
+         static_cast<zs::Type>(header.scales)},
+        [&](int64_t token, int64_t tokens, const float* sums) {
+          panel::finish_tokens(call, pass.first + token, tokens, row, end - row, sums);
+        });
 }
 
 }  // namespace integers
