@@ -149,6 +149,30 @@ def test_parts_that_were_replaced_are_found_anew(calls):
         assert torch.equal(steps(model, IDS), steps(theirs, IDS)) and calls[0] == 16
 
 
+@pytest.mark.parametrize("change", ["weight moved", "norm moved", "bias in place", "bias replaced"])
+def test_parameters_are_where_they_are_now(calls, change):
+    """What is remembered of a layer's parameters is what they are: moved, cast and written over, they are seen."""
+    model, theirs = attached(), made()
+    with torch.inference_mode():
+        for each in (model, theirs):
+            biased = each.model.layers[1].mlp.down_proj
+            biased.register_parameter("bias", nn.Parameter(torch.linspace(-1, 1, 48).half(), requires_grad=False))
+        steps(model, IDS)
+        for each in (model, theirs):
+            layer = each.model.layers[1]
+            norm, up, gate = layer.input_layernorm.weight, layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight
+            if change == "weight moved":
+                up.data = gate.data.clone()
+            elif change == "norm moved":
+                norm.data = norm.data * 0.5
+            elif change == "bias in place":
+                layer.mlp.down_proj.bias.mul_(2)
+            else:
+                layer.mlp.down_proj.bias = nn.Parameter(torch.ones(48), requires_grad=False)
+        calls[0] = 0
+        assert torch.equal(steps(model, IDS), steps(theirs, IDS)) and calls[0]
+
+
 def louder(kind):
     class Louder(kind):
         def forward(self, hidden_states, **kwargs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,25 @@ NO_NORM = (0, 0, 0)
 # Addresses, sizes, sizes of this call, numbers, kernels: csrc/bind says in which order.
 Call = tuple[list[int], Sequence[int], list[int], Sequence[float], Sequence[str | None] | None]
 Held = list[Tensor | None]
+Seen = tuple[dict[str, Any], str, Any, int, torch.dtype | None]  # owner, name; what it was
 _numbers = itertools.count()
 _steps: weakref.WeakValueDictionary[int, DecoderStep] = weakref.WeakValueDictionary()
+
+
+class Found(NamedTuple):
+    """Where the parameters of a layer are: addresses as the core wants them, and the tensors that are there."""
+
+    addresses: list[int]
+    held: Held
+    seen: list[Seen]
+
+    def still(self) -> bool:
+        """Return whether they are there yet: nobody has replaced, moved or cast one."""
+        for owner, name, tensor, address, dtype in self.seen:
+            now = owner[name]
+            if now is not tensor or (now is not None and (now.data_ptr() != address or now.dtype is not dtype)):
+                return False
+        return True
 
 
 class DecoderStep:
@@ -88,6 +105,7 @@ class DecoderStep:
         norms = [(0.0, 0.0) if norm is None else norm.__dict__[CONSTANTS] for norm in parts.all_norms]
         self.numbers = [scale, *(number for pair in norms for number in pair)]
         self.outputs = tuple(layer.out_features for layer in parts.products)
+        self.found: Found | None = None
         self.shape = [
             heads,
             groups,
@@ -127,14 +145,37 @@ class DecoderStep:
         addresses = [
             x.data_ptr(), y.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), address,
         ]  # fmt: skip
+        found = self.found
+        if found is None or not found.still():
+            found = self._find()
+        turned = cos.shape[2]
+        by, of = keys.stride(), values.stride()
+        call = [
+            TYPES[x.dtype], x.shape[0], token, turned, turned if cos.shape[0] > 1 else 0, mask_stride, *by[:3], *of[:3],
+        ]  # fmt: skip
+        kernels = [layer.kernel for layer in self.parts.products]
+        addresses += found.addresses
+        return (addresses, shape, call, self.numbers, kernels if any(kernels) else None), found.held
+
+    def _find(self) -> Found:
+        """Look where the parameters are now; remembered unless a copy had to be made of one."""
+        products, norms = self.parts.products, [norm for norm in self.parts.all_norms if norm is not None]
+        owners = [(each._parameters, name) for each in products for name in ("weight", "bias")]
+        owners += [(norm._parameters, "weight") for norm in norms]
+        seen: list[Seen] = [
+            (owner, name, own, 0 if own is None else own.data_ptr(), None if own is None else own.dtype)
+            for owner, name in owners
+            for own in (owner[name],)
+        ]
+        addresses: list[int] = []
         held: Held = []
-        for product, m in zip(self.parts.products, self.outputs, strict=True):
+        for product, m in zip(products, self.outputs, strict=True):
             own: Any = product._parameters
             blob, bias, at = aligned(own["weight"]), own["bias"], 0
             if bias is not None:
                 bias = fp32_bias(bias, m)
                 at = bias.data_ptr()
-            held += (blob, bias)  # a copy of either has to last
+            held += (blob, bias)
             addresses += (blob.data_ptr(), blob.numel(), at)
         for norm in self.parts.all_norms:
             if norm is None:
@@ -144,13 +185,9 @@ class DecoderStep:
             weight = weight.contiguous()
             held.append(weight)
             addresses += (weight.data_ptr(), TYPES.get(weight.dtype, 0), weight.numel())
-        turned = cos.shape[2]
-        by, of = keys.stride(), values.stride()
-        call = [
-            TYPES[x.dtype], x.shape[0], token, turned, turned if cos.shape[0] > 1 else 0, mask_stride, *by[:3], *of[:3],
-        ]  # fmt: skip
-        kernels = [layer.kernel for layer in self.parts.products]
-        return (addresses, shape, call, self.numbers, kernels if any(kernels) else None), held
+        found = Found(addresses, held, seen)
+        self.found = found if all(a is each[2] for a, each in zip(held, seen, strict=True)) else None
+        return found
 
 
 def run(calls: Sequence[Call]) -> None:

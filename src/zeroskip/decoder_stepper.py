@@ -189,26 +189,36 @@ class Stepper:
         if place is None:
             return None
         self._learn(layer, given)
-        chain = [(self, given, place, _empty_like(x))]
-        taken = {self}  # a layer may be called twice in a step
-        while (follower := chain[-1][0]._follower(x.dtype)) is not None and follower not in taken:
-            y = chain[-1][3]
-            taken.add(follower)
-            there = follower._place(y, cache, mask)
-            if there is None or not _turns(angles, y, follower.known().depth):
-                break
-            chain.append((follower, Given(y, cache, angles, mask), there, _empty_like(x)))
+        followers = self._followers(x, cache, mask, angles[0].shape[2])
+        outputs = _empty_like(x, 1 + len(followers))
+        told = [given, *(Given(y, cache, angles, mask) for y in outputs[:-1])]
+        chain = list(zip([(self, place), *followers], told, outputs, strict=True))
         calls, held = [], []
-        for each, told, there, y in chain:
-            call, lasting = each.known().prepare(told.x, y, angles[0], angles[1], there, mask)
+        for (each, there), its, made in chain:
+            call, lasting = each.known().prepare(its.x, made, angles[0], angles[1], there, mask)
             calls.append(call)
             held.append(lasting)
         run(calls)
         fill(cache, self.known().index, place)
-        for each, told, there, y in chain[1:]:
-            _here.ahead[each] = Ahead(told, told.x._version, cache.layers[each.known().index].keys, there, y)
-        _here.last = Last(weakref.ref(chain[-1][0]), weakref.ref(chain[-1][3]), given.rest())
-        return chain[0][3]
+        for (each, there), its, made in chain[1:]:
+            _here.ahead[each] = Ahead(its, its.x._version, cache.layers[each.known().index].keys, there, made)
+        (last, _), _, made = chain[-1]
+        _here.last = Last(weakref.ref(last), weakref.ref(made), given.rest())
+        return outputs[0]
+
+    def _followers(self, x: Tensor, cache: Any, mask: Tensor | None, turned: int) -> list[tuple[Stepper, Place]]:
+        """Return the layers to compute ahead, and where their tokens belong."""
+        found: list[tuple[Stepper, Place]] = []
+        taken = {self}  # a layer may be called twice in a step
+        stepper = self
+        while (after := stepper._follower(x.dtype)) is not None and after not in taken:
+            place = after._place(x, cache, mask)
+            if place is None or turned > after.known().depth:
+                break
+            found.append((after, place))
+            taken.add(after)
+            stepper = after
+        return found
 
     def _learn(self, layer: nn.Module, given: Given) -> None:
         """See which layer this one follows; what was computed ahead and not asked for is not computed ahead again."""
@@ -231,10 +241,10 @@ class Stepper:
         return found if found.step is not None and found.tried.get(dtype) else None
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Return an unset tensor that counts how often something writes into it, as those of inference mode do not."""
+def _empty_like(x: Tensor, count: int) -> list[Tensor]:
+    """Return unset tensors that count how often something writes into them, as those of inference mode do not."""
     with torch.inference_mode(False):
-        return torch.empty_like(x)
+        return [torch.empty_like(x) for _ in range(count)]
 
 
 def _turns(angles: Any, x: Tensor, depth: int) -> bool:

@@ -9,6 +9,7 @@ transformers decides by it, and `set_attn_implementation` with any other name le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,20 +75,24 @@ def _ours(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def in_use(module: Any) -> bool:
     """Return whether an attention module would call ours."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     own = module.__dict__
     named = getattr(own.get("config"), "_attn_implementation", None)
-    return MARK in own and named == "sdpa" and ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
+    return MARK in own and named == "sdpa" and _functions()["sdpa"] is attention
+
+
+@cache
+def _functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def _register() -> Callable[..., Any]:
     """Put ours in the place of transformers' own, once, and return that."""
     global _theirs
     from transformers import AttentionInterface
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    held: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    held: Callable[..., Any] = _functions()["sdpa"]
     if _theirs is None or held is not attention:
         _theirs = held
         AttentionInterface.register("sdpa", attention)
