@@ -43,10 +43,11 @@ class Server:
 
 
 @contextmanager
-def serving(directory, wait=True, load=None, **options):
+def serving(directory, wait=True, load=None, failed=None, **options):
     settings = Settings(Path(directory), port=0, **options)
     with listen(settings.host, 0) as bound:
-        app = create_app(settings, **({} if load is None else {"load": load}))
+        told = {name: given for name, given in (("load", load), ("failed", failed)) if given is not None}
+        app = create_app(settings, **told)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()

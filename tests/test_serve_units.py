@@ -42,11 +42,13 @@ def test_draws_follow_the_chances():
     assert two[2] == two[3] == 0 and abs(float(two[0]) - 0.731) < 0.03
 
 
-@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.floats(1e-6, 2), st.floats(1e-6, 1))
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.floats(5e-324, 2), st.floats(5e-324, 1))
 def test_any_setting_draws_a_token(logits, temperature, top_p):
     token = Sampling(temperature, top_p=top_p, top_k=3, seed=1).draw(torch.tensor(logits), [0])
     assert 0 <= token < len(logits)
     assert Sampling(0.0).draw(torch.tensor(logits), []) == int(torch.tensor(logits).argmax())
+    broken = torch.tensor([*logits, float("nan")])
+    assert 0 <= Sampling(temperature, top_p=top_p).draw(broken, []) <= len(logits)
 
 
 def test_penalties_and_seeds():
@@ -215,10 +217,16 @@ def test_sizes(tmp_path):
     assert bytes_a_token(config, torch.float32) == 2 * 3 * 2 * 16 * 4
     sizes = Sizes.of(config, torch.float32, Settings(tmp_path, max_concurrency=4))
     assert sizes.context == 512 and sizes.pages * sizes.page >= 4 * 512
+    one = Sizes.of(config, torch.float32, Settings(tmp_path, max_concurrency=1))
+    assert one.context == 512
     small = Sizes.of(config, torch.float32, Settings(tmp_path, cache_mb=1))
     assert small.pages * small.page * 768 <= 1 << 20 and small.context < small.pages * small.page
     with pytest.raises(zs.ZeroskipError, match="513"):
         Sizes.of(config, torch.float32, Settings(tmp_path, max_context=513))
+    config.num_hidden_layers = 30
+    with pytest.raises(zs.ZeroskipError, match=r"max_context is 512.*1 MB holds 102 tokens.*give --cache-mb 5 "):
+        Sizes.of(config, torch.float32, Settings(tmp_path, max_context=512, cache_mb=1))
+    assert Sizes.of(config, torch.float32, Settings(tmp_path, max_context=512, cache_mb=5)).context == 512
     huge = LlamaConfig(hidden_size=65536, num_attention_heads=1, num_hidden_layers=100)
     with pytest.raises(zs.ZeroskipError, match="give --cache-mb"):
         Sizes.of(huge, torch.float32, Settings(tmp_path, cache_mb=1))

@@ -34,7 +34,10 @@ class Drawing:
         """Return the arguments of transformers' `generate`."""
         if self.temperature == 0:
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        from zeroskip.serve.sampling import LEAST_TEMPERATURE
+
+        temperature = max(self.temperature, LEAST_TEMPERATURE)
+        return {"do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0}
 
 
 @dataclass

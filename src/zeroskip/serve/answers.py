@@ -89,7 +89,7 @@ class Answers:
             raise ApiError(
                 400, f"{len(prompts) * copies} answers asked for, at most {engine.limit} are served", param="n"
             )
-        lengths = [room_for(engine, prompt, most) for prompt in prompts]
+        lengths = [room_for(engine, prompt, most, asked.FIELD) for prompt in prompts]
         try:
             for prompt, length in zip(prompts, lengths, strict=True):
                 for _ in range(copies):
@@ -149,8 +149,8 @@ class Answers:
             answer.generation.close()
 
 
-def room_for(engine: Engine, prompt: list[int], most: int | None) -> int:
-    """Return how many tokens may follow a prompt.
+def room_for(engine: Engine, prompt: list[int], most: int | None, param: str) -> int:
+    """Return how many tokens may follow a prompt, which came in the field `param`.
 
     Raises
     ------
@@ -158,10 +158,10 @@ def room_for(engine: Engine, prompt: list[int], most: int | None) -> int:
         If the prompt is empty, or does not fit into the context with that many.
     """
     if not prompt:
-        raise ApiError(400, "the prompt holds no token: give some text", param="prompt")
+        raise ApiError(400, "the prompt holds no token: give some text", param=param)
     vocabulary = engine.vocabulary
     if max(prompt) >= vocabulary:
-        raise ApiError(400, f"the prompt holds token {max(prompt)}; the model knows {vocabulary}", param="prompt")
+        raise ApiError(400, f"the prompt holds token {max(prompt)}; the model knows {vocabulary}", param=param)
     left = engine.context - len(prompt)
     if left < (most or 1):
         wanted = f"{len(prompt)} in the prompt" + (f" and {most} to follow" if most else "")
@@ -169,7 +169,7 @@ def room_for(engine: Engine, prompt: list[int], most: int | None) -> int:
             400,
             f"this server's maximum context length is {engine.context} tokens, but {wanted} were asked for",
             "context_length_exceeded",
-            "messages",
+            param,
         )
     return most or left
 

@@ -14,15 +14,18 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from zeroskip.errors import ZeroskipError
 from zeroskip.serve import errors
 from zeroskip.serve.errors import ApiError, responses
 from zeroskip.serve.metrics import Metrics
-from zeroskip.serve.protocol import now
+from zeroskip.serve.protocol import FORMS, now
 from zeroskip.serve.room import Room
 from zeroskip.serve.routes import router
 from zeroskip.serve.settings import Settings
 
 __all__ = ["create_app"]
+
+LOOK_S = 1.0  # how often to look whether the engine runs
 
 
 def create_app(
@@ -36,7 +39,7 @@ def create_app(
     Parameters
     ----------
     failed, loaded : function
-        Called once the model could not be loaded, or is.
+        Called once the model could not be loaded, or is; `failed` also when its engine has stopped by itself.
     """
 
     @asynccontextmanager
@@ -53,8 +56,17 @@ def create_app(
                 app.state.metrics.watch(lambda: engine.running, lambda: engine.waiting)
             loaded(app.state.room)
 
+        async def watch() -> None:
+            await loading
+            while (room := app.state.room) is not None and room.alive:
+                await asyncio.sleep(LOOK_S)
+            if app.state.problem is None:
+                failed(ZeroskipError("the engine has stopped, see the log above: start the server again"))
+
         loading = asyncio.create_task(load_it())
+        watching = asyncio.create_task(watch())
         yield
+        watching.cancel()
         await loading
         if app.state.room is not None:
             await asyncio.to_thread(app.state.room.stop)
@@ -62,7 +74,7 @@ def create_app(
     app = FastAPI(title="zeroskip", summary="OpenAI-compatible API of one model.", lifespan=lifespan)
     app.state.settings, app.state.metrics, app.state.room, app.state.problem = settings, Metrics(), None, None
     app.state.since = now()
-    errors.install(app)
+    errors.install(app, FORMS)
     app.include_router(router)
     app.add_middleware(Measured, metrics=app.state.metrics)
     app.get("/", include_in_schema=False)(_page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 from fastapi import FastAPI, Request
@@ -85,8 +86,11 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": MEANING[status]} for status in statuses}
 
 
-def install(app: FastAPI) -> None:
-    """Let every error of an application, its own and FastAPI's, leave in this form."""
+def install(app: FastAPI, forms: Mapping[str, str]) -> None:
+    """Let every error of an application, its own and FastAPI's, leave in this form.
+
+    `forms` tells of fields that may be one thing or another what they may be.
+    """
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         return cast(ApiError, error).response()
@@ -94,9 +98,19 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
         place = [str(part) for part in first.get("loc", ()) if part != "body"]
-        bad_json = first.get("type") == "json_invalid"
-        what = "the body is not valid JSON" if bad_json else first.get("msg", "invalid request")
-        param = None if bad_json or not place else ".".join(place)
+        what, kind = first.get("msg", "invalid request"), first.get("type")
+        sent = request.headers.get("content-type", "nothing").partition(";")[0]
+        if kind == "json_invalid":
+            what, place = "the body is not valid JSON", []
+        elif not place and request.method == "POST":
+            is_json = sent.startswith("application/") and sent.endswith("json")
+            what = (
+                "the body is no JSON object" if is_json else f"the body is {sent}: send Content-Type: application/json"
+            )
+        either = next((index for index, part in enumerate(place) if part in forms and kind != "missing"), None)
+        if either is not None:
+            what, place = f"give {forms[place[either]]}, in valid Unicode", place[: either + 1]
+        param = ".".join(place) or None
         return ApiError(400, what if param is None else f"{param}: {what}", param=param).response()
 
     async def http(request: Request, error: Exception) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,8 +11,8 @@ from zeroskip.serve.errors import ApiError
 from zeroskip.serve.sampling import Sampling
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "EmbeddingRequest", "Generates", "ModelCard", "ModelList", "Usage", "now",
-    "refuse_unserved",
+    "FORMS", "ChatRequest", "CompletionRequest", "EmbeddingRequest", "Generates", "ModelCard", "ModelList",
+    "Usage", "now", "refuse_unserved",
 ]  # fmt: skip
 
 # Fields that ask for something else than text drawn as `Generates` says, and the values that ask for nothing.
@@ -23,6 +23,13 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "echo": (False,), "best_of": (1,), "min_p": (0, 0.0), "repetition_penalty": (1, 1.0),
 }  # fmt: skip
 
+# Of fields that may be one thing or another, what they may be: each kind would complain in its own way.
+FORMS = {
+    "prompt": "a text, a list of texts, a list of token numbers, or a list of such lists",
+    "input": "a text, a list of texts, a list of token numbers, or a list of such lists",
+    "content": "a text, or a list of parts",
+    "stop": "a text, or a list of at most 4",
+}
 Text = Annotated[str, Field(max_length=10_000_000)]
 Token = Annotated[int, Field(ge=0)]
 
@@ -32,8 +39,9 @@ class StreamOptions(BaseModel):
 
 
 class Generates(BaseModel):
-    """What both ways to generate text take."""
+    """What both ways to generate text take; `FIELD` is the one that holds what is continued."""
 
+    FIELD: ClassVar[str]
     model_config = ConfigDict(extra="allow")
 
     model: str
@@ -106,6 +114,7 @@ class Message(BaseModel):
 class ChatRequest(Generates):
     """POST /v1/chat/completions."""
 
+    FIELD = "messages"
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
@@ -113,6 +122,7 @@ class ChatRequest(Generates):
 class CompletionRequest(Generates):
     """POST /v1/completions."""
 
+    FIELD = "prompt"
     prompt: Text | list[Token] | list[Text] | list[list[Token]] = Field(description="One prompt or several.")
 
     @property

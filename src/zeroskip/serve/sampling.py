@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
-__all__ = ["Sampler", "Sampling"]
+__all__ = ["LEAST_TEMPERATURE", "Sampler", "Sampling"]
+
+LEAST_TEMPERATURE = 1e-6  # of those that are not 0: closer to it, fp32 has no room for what is divided by it
 
 
 @dataclass
@@ -66,17 +68,19 @@ class Sampling:
             tokens, counts = torch.unique(torch.tensor(generated), return_counts=True)
             logits = logits.clone()
             logits[tokens] -= self.frequency_penalty * counts + self.presence_penalty
-        if self.temperature <= 0:
-            return int(logits.argmax())
+        if self.temperature <= 0 or not logits.max().isfinite():  # what a broken model gives must not end the others
+            return int(logits.nan_to_num(-torch.inf, posinf=torch.inf).argmax())
         if 0 < self.top_k < logits.numel():
             logits, places = logits.topk(self.top_k)
         else:
             places = None
         # Shifted first: a tiny temperature would make the largest logit infinite.
-        chances = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
+        chances = torch.softmax((logits - logits.max()) / max(self.temperature, LEAST_TEMPERATURE), dim=-1)
         if self.top_p < 1:
             ordered, order = chances.sort(descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0  # the first one always stays
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p
+            beyond[0] = False  # the likeliest always stays
+            ordered[beyond] = 0
             chances = torch.zeros_like(chances).scatter(-1, order, ordered)
         drawn = int(torch.multinomial(chances, 1, generator=self.generator))
         return drawn if places is None else int(places[drawn])

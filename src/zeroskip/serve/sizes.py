@@ -16,6 +16,7 @@ __all__ = ["Sizes"]
 
 PAGE = 32  # tokens
 CHUNK = 256  # tokens of prompts in one step: more would let those who decode wait
+TAKEN = 0.8  # of the pages, that a request may have: the scheduler keeps a sixth free while it takes in prompts
 SHARE = 0.25  # of the free memory, where nothing else was asked for
 
 
@@ -56,10 +57,16 @@ class Sizes:
         room = (settings.cache_mb or 0) << 20 if asked else int(SHARE * psutil.virtual_memory().available)
         fit = room // (each * PAGE)
         # One page more a request: prompts that share a beginning hold on to it.
-        wanted = settings.max_concurrency * (math.ceil(context / PAGE) + 1)
+        wanted = max(settings.max_concurrency * (math.ceil(context / PAGE) + 1), math.ceil(context / (PAGE * TAKEN)))
         pages = min(fit, wanted)
-        # The scheduler keeps a sixth free while it takes in prompts.
-        context = min(context, int(pages * PAGE * 0.8))
+        holds = int(pages * PAGE * TAKEN)
+        if settings.max_context is not None and holds < context:
+            need = math.ceil(context / (PAGE * TAKEN)) * PAGE * each / 2**20
+            raise ZeroskipError(
+                f"max_context is {context}, and a cache of {room >> 20} MB holds {holds} tokens of one request: "
+                f"give --cache-mb {math.ceil(need)} or more, or a shorter context"
+            )
+        context = min(context, holds)
         if context < min(own, PAGE):
             need = math.ceil(2 * PAGE * each / 2**20)
             raise ZeroskipError(

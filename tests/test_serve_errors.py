@@ -1,0 +1,60 @@
+"""What a request may do to the others and to the server: nothing. And what it is told is about the field it sent."""
+
+import httpx2 as httpx
+import pytest
+from cli_models import write_endless
+from serving import serving, wait_until
+
+SENT_AS_FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "endless"
+    write_endless(folder)
+    with serving(folder, cache_mb=64) as made:
+        yield made
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 1e-300}, {"temperature": 5e-324}, {"top_p": 1e-300}])
+def test_the_least_setting_is_greedy_and_ends_nobody(setting, server):
+    asked = {"model": "endless", "prompt": "a", "max_tokens": 5}
+    greedy = server.post("/v1/completions", json=asked | {"temperature": 0}).json()["choices"]
+    got = server.post("/v1/completions", json=asked | setting)
+    assert got.status_code == 200 and got.json()["choices"] == greedy
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "param", "said"),
+    [
+        ("completions", {"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ("completions", {"prompt": [-1]}, "prompt", "token numbers"),
+        ("completions", {"prompt": ["a", 5]}, "prompt", "token numbers"),
+        ("completions", {"prompt": "a " * 3000}, "prompt", "3000"),
+        ("completions", {}, "prompt", "required"),
+        ("embeddings", {"input": None}, "input", "a text"),
+        ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "list of parts"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a " * 3000}]}, "messages", "3000"),
+        ("chat/completions", {"messages": [{"role": "user", "content": ""}]}, "messages", "no token"),
+    ],
+)
+def test_errors_name_the_field(path, asked, param, said, server):
+    error = server.post(f"/v1/{path}", json={"model": "endless"} | asked).json()["error"]
+    assert error["param"] == param and said in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", SENT_AS_FORM, None])
+def test_a_body_that_is_sent_as_something_else(kind, server):
+    headers = {} if kind is None else {"Content-Type": kind}
+    error = server.post("/v1/completions", content=b'{"model":"endless","prompt":"a"}', headers=headers).json()["error"]
+    assert "Content-Type: application/json" in error["message"] and (kind or "nothing") in error["message"]
+
+
+def test_a_server_whose_engine_has_stopped_ends(tmp_path):
+    write_endless(tmp_path / "endless")
+    told = []
+    with serving(tmp_path / "endless", cache_mb=16, failed=told.append) as made:
+        made.room.engine._manager.stop(block=True, hard_stop=True)
+        wait_until(lambda: told, "the server is told")
+        assert "engine has stopped" in str(told[0])
