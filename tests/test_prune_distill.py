@@ -100,34 +100,6 @@ def test_types_are_put_back(kind, type):
     assert "distillation took" in report.rows[0].notes[-1]
 
 
-def test_what_stands_in_padding_does_not_count():
-    def run(filler):
-        model, given = bert(), []
-        for batch in batches("bert", 2):
-            ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], filler)
-            given.append({**batch, "input_ids": ids})
-        prune(model, "wanda+distill", pattern="2:4", calibration=given)
-        return model.state_dict()
-
-    one, other = run(3), run(7)
-    assert all(torch.allclose(value, other[name], atol=1e-5) for name, value in one.items())
-
-
-def test_a_model_that_got_worse_is_put_back(monkeypatch):
-    def spoil(self, block, learning, lessons, draw):
-        with torch.no_grad():
-            for parameter in learning:
-                parameter.mul_(3.0)
-
-    plain, spoiled = llama(), llama()
-    given = {"pattern": "2:4", "calibration": batches("llama", 2)}
-    prune(plain, "wanda", **given)
-    monkeypatch.setattr(Distill, "descend", spoil)
-    report = prune(spoiled, "wanda+distill", **given)
-    assert all(torch.equal(value, spoiled.state_dict()[name]) for name, value in plain.state_dict().items())
-    assert "the model: not distilled, because its error rose" in report.rows[0].notes[-1]
-
-
 class Net(nn.Module):
     """Two convolutions and a head: its output has two dimensions."""
 
