@@ -11,14 +11,16 @@
 // pass. To expand 16 x 64 codes and turn them into fours of inputs takes 130 cycles with AVX-512 (weights in L2), as
 // much as the products with 16 tokens: expansions, masks and shuffles all want one port, 16 operations for 128 weights
 // of a row. So by that count it is half as fast as dense at 16 tokens, .8 times at 64, .9 at 128. Measured at 50 %,
-// 2048 x 2048, weights from memory, which dense reads more of, one thread (Xeon with AVX-512, no AMX): int4 .68, .85
-// and .95 times at 16, 64 and 128 tokens, int8 .72, .89 and .97, where integers.h has .27, .23, .24 and .36, .27, .25.
+// 2048 x 2048, weights from memory, of which dense reads more, one thread (Xeon with AVX-512, no AMX): int4 .62 to .68
+// and .94 times at 16 and 128 tokens, int8 .86 and .97, where integers.h has .27, .24 and .36, .25; with AVX2 int4 .62
+// and .85 at 16 and 64, int8 .74 and .90, where that has .46 and .77.
 //
 // The sums are those of dense integers, to the bit, but not those of integers.h. So this is an entry of its own: where
 // each row shall have the same bits in every batch, only one of the two may serve (planning/rows.py).
 //
 // 16 rows are 16 streams, too many to be fetched by the machine's own guess: what a row takes from the stream is
-// fetched from where the next panel's will be, one panel's bytes ahead.
+// fetched from where the next panel's will be, one panel's bytes ahead (1.33 times as fast from memory). As many lines
+// each time: as many as were read, one or two, was 1.4 times slower, for nobody can guess which.
 #pragma once
 #include "kernels/spmm_bitmask/integers.h"
 #include "panel/integers.h"
@@ -120,7 +122,8 @@ void expand(const zs::Weight& weight, int64_t row, int64_t rows, uint8_t* out) {
       simd::expand_pair<kValues, 128>(reinterpret_cast<const uint32_t*>(bits), codes[r], chunks);
       for (int i = 0; i < 2; ++i) simd::store_codes<kValues>(reinterpret_cast<uint8_t*>(lines[i][r]), chunks[i]);
       __builtin_prefetch(bits + next_bits, 0, 2);
-      for (; at < codes[r]; at += kLine) __builtin_prefetch(at + next, 0, 2);
+      __builtin_prefetch(at + next, 0, 2);
+      if (kValues == Values::int8) __builtin_prefetch(at + next + kLine, 0, 2);
     }
     for (const auto& chunk : lines) {
       if constexpr (kValues == Values::int4) {
