@@ -55,6 +55,25 @@ def test_tied_weights_are_left_out_unless_named():
     assert names(model, include="lm_head", exclude=None) == ["lm_head"]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_parameters_on_one_memory_are_tied(turned):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    first = model[0].weight.data
+    model[2].weight = nn.Parameter(first.t() if turned else first)
+    assert names(model) == [] and "tied" in select_sites(model)[1]["2"]
+    report = prune(model, "magnitude", sparsity=0.5, include=["0", "2"])
+    assert [row.name for row in report.rows] == ["2"] and int((first == 0).sum()) == 2048
+    with pytest.raises(ZeroskipError, match="2: stream=True would part it from another Parameter"):
+        prune(model, "magnitude", sparsity=0.5, include=["0", "2"], journal="unused", stream=True)
+
+
+def test_pieces_of_one_buffer_are_not_tied():
+    model, buffer = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.rand(16, 8)
+    model[0].weight, model[1].weight = (nn.Parameter(part) for part in buffer.split(8))
+    assert names(model) == ["0", "1"]
+    assert names(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to("meta")) == ["0", "1"]
+
+
 def test_a_conv1d_is_seen_transposed_and_written_back():
     model = gpt2()
     site = next(site for site in find_sites(model) if site.name.endswith("c_fc"))

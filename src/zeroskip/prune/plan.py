@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site, every_site, fits, select_sites
+from zeroskip.model import Site, every_site, fits, select_sites, tied
 from zeroskip.planning.install import compiled_layers
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
@@ -86,7 +86,7 @@ class Plan:
                 )
         if not settings and not recipe.values.get("dense"):
             raise ZeroskipError("the model has nothing to prune: the rules leave every layer dense")
-        sites = _untwinned([site for site in sites if site.name in settings], settings, skipped)
+        sites = _untwinned([site for site in sites if site.name in settings], tied(model), settings, skipped)
         free = [site.name for site in sites if site.name in free]
         for site in sites:
             settings[site.name].check(site)
@@ -164,11 +164,14 @@ class Plan:
         return found
 
 
-def _untwinned(sites: list[Site], settings: dict[str, Settings], skipped: dict[str, str]) -> list[Site]:
+def _untwinned(
+    sites: list[Site], twins: dict[int, tuple[int, ...]], settings: dict[str, Settings], skipped: dict[str, str]
+) -> list[Site]:
     """Of sites that share their weight, keep the last (a head rather than an embedding), which stands for all."""
-    last = {id(site.tensor): site for site in sites}
-    for site in sites:
-        twin = last[id(site.tensor)]
+    weights = [twins.get(id(site.tensor), (id(site.tensor),)) for site in sites]
+    last = dict(zip(weights, sites, strict=True))
+    for site, weight in zip(sites, weights, strict=True):
+        twin = last[weight]
         if twin is site:
             continue
         if settings[site.name] != settings[twin.name]:
