@@ -21,7 +21,7 @@ from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack, value_types
 from zeroskip.formats.blob import check
 from zeroskip.nn import PackedLinear
-from zeroskip.quantize import LIMIT, group_of
+from zeroskip.quantize import LIMIT, fits_fp16, group_of
 
 __all__ = [
     "DENSE_FORMATS",
@@ -197,10 +197,14 @@ def format_layout(
 
 
 def pack_as(format: str, weight: Tensor, values: str, scales: Tensor | None) -> Packed:
-    """Pack `weight` [m, k], with `scales` [1, m, groups] where it is integers of this kind times them."""
+    """Pack `weight` [m, k], with `scales` [1, m, groups] where it is integers of this kind times them.
+
+    Other integers get fp32 scales where fp16 does not hold them.
+    """
     group_size = None if scales is None else group_of(weight, scales[0], values)
     if scales is None or group_size is None:
-        return pack(weight, format=format, values=values)
+        held = values not in LIMIT or fits_fp16(weight, values)
+        return pack(weight, format=format, values=values, scales="fp16" if held else "fp32")
     return pack(weight, format=format, values=values, group_size=group_size, scales=scales[0])
 
 
