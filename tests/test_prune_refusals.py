@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from tiny_models import batches, llama, tokens
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import pack
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.planner import plannable
 from zeroskip.prune import prune
 
 
@@ -125,6 +127,24 @@ def test_a_compiled_model_is_pruned_no_more():
     model[1] = PackedLinear.from_packed(pack(model[1].weight), model[1].bias.data)
     with pytest.raises(ZeroskipError, match=r"nothing to prune.*'0', 'compiled already; prune a model first"):
         prune(model, "magnitude", sparsity=0.5)
+
+
+def test_layers_whose_weight_is_computed_are_named_with_the_remedy():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.LSTM(8, 8))
+    nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.weight_norm(model[3])
+    torch.ao.quantization.quantize_dynamic(model, {"4": torch.ao.quantization.default_dynamic_qconfig}, inplace=True)
+    skipped = prune(model, "magnitude", sparsity=0.5).skipped
+    remedies = {name: reason.partition("; ")[2] for name, reason in skipped.items()}
+    assert remedies == {
+        "1": "call torch.nn.utils.prune.remove on it first",
+        "2": "call torch.nn.utils.parametrize.remove_parametrizations on it first",
+        "3": "call torch.nn.utils.remove_weight_norm on it first",
+        "4": "take the model it was made from",
+    }
+    notes = plannable(model, None)[1]
+    assert all(f"{name}: stays as it is, {reason}" in notes for name, reason in skipped.items())
 
 
 def test_nothing_to_prune():

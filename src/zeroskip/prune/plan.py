@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
+from zeroskip.computed import computed_layers
 from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.model import Site, every_site, fits, select_sites, tied
 from zeroskip.planning.install import compiled_layers
@@ -212,7 +213,8 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
         if isinstance(site.module, nn.Embedding) and site.name in skipped and site.name not in named:
             del skipped[site.name]
     known = {site.owner for site in every}
-    skipped = {name: COMPILED for name, _ in compiled_layers(model) if name not in known} | skipped
+    compiled = {name: COMPILED for name, _ in compiled_layers(model) if name not in known}
+    skipped = compiled | computed_layers(model) | skipped
     if not sites:
         raise ZeroskipError(
             "the model has nothing to prune: no weight is left that can be"

@@ -118,7 +118,8 @@ def prune(
     ------
     ZeroskipError
         On anything that does not fit; all of it is checked before the first weight changes, except calibration data
-        that makes the model itself produce NaN or Inf.
+        that makes the model itself produce NaN or Inf, and a new weight that overflows fp16. The blocks before that are
+        then pruned already: nothing is put back, which would take the memory of a second model; load it anew.
 
     Examples
     --------

@@ -113,8 +113,9 @@ def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dty
         lost = largest[_lost_in_fp16(largest / limit)]
         if len(lost):
             kind = "large" if lost.max() / limit > 1 else "small"
+            most = float(lost.max())
             raise ZeroskipError(
-                f"the largest weight of a group is {float(lost.max()):.3g}, too {kind} for fp16 scales: use scales='fp32'"
+                f"the largest weight of a group is {most:.3g}, too {kind} for fp16 scales: use scales='fp32'"
             )
         scales = (largest / limit).half()
     else:
