@@ -54,7 +54,7 @@ def kernels(
         tokens=_counts("--tokens", tokens),
         peers=tuple(choose(peers)),
         formats=tuple(name for name in formats.split(",") if name),
-        cold_bytes=max(cold_mb, 0) << 20,
+        cold_bytes=cold_mb << 20,
         race_s=min(race, 0.5) if quick else race,
         minutes=budget,
         quick=quick,
