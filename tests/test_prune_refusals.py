@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.utils.prune
-from tiny_models import batches, llama, tokens
+from tiny_models import batches, llama, t5, tokens
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import pack
+from zeroskip.model import find_sites, replace
 from zeroskip.nn import PackedLinear
 from zeroskip.planning.planner import plannable
 from zeroskip.prune import prune
@@ -107,6 +108,18 @@ def test_what_is_no_model(model):
         prune(model, "magnitude", sparsity=0.5)
 
 
+def test_a_model_that_is_one_layer_has_a_name_in_messages():
+    with pytest.raises(ZeroskipError, match="^the model: its weight is not loaded"):
+        prune(nn.Linear(8, 8, device="meta"), "magnitude", sparsity=0.5)
+    with pytest.raises(ZeroskipError, match="^the model: 9 inputs are not a multiple of 4"):
+        prune(nn.Linear(9, 9), "magnitude", pattern="2:4")
+
+
+def test_an_encoder_decoder_without_inputs_of_its_decoder():
+    with pytest.raises(ZeroskipError, match=r"batch 0: .*\(a T5ForConditionalGeneration takes .* decoder_input_ids\)"):
+        prune(t5(), "wanda", sparsity=0.5, calibration=[{"input_ids": tokens()}])
+
+
 def test_weights_that_nothing_computes_with():
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
     with pytest.raises(ZeroskipError, match=r"0: its weight is torch\.float8_e4m3fn; convert the model"):
@@ -124,6 +137,11 @@ def test_a_compiled_model_is_pruned_no_more():
     model[0] = PackedLinear.from_packed(pack(model[0].weight), model[0].bias.data)
     report = prune(model, "magnitude", sparsity=0.5)
     assert report.skipped == {"0": "compiled already; prune a model first, then compile it"}
+    language = llama()
+    for site in find_sites(language):
+        replace(language, site.name, PackedLinear.from_packed(pack(site.weight()[0])))
+    with pytest.raises(ZeroskipError, match="compiled already; prune the model it was made from"):
+        prune(language, "rtn", values="int8", include="lm_head", exclude=None)
     model[1] = PackedLinear.from_packed(pack(model[1].weight), model[1].bias.data)
     with pytest.raises(ZeroskipError, match=r"nothing to prune.*'0', 'compiled already; prune a model first"):
         prune(model, "magnitude", sparsity=0.5)

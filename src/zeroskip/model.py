@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import re
 import sys
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.sites import Adapter, Site, sites_in
 
 __all__ = [
+    "BARRED",
     "Adapter",
     "Site",
     "every_site",
@@ -28,7 +28,7 @@ __all__ = [
     "unwrapped",
 ]
 
-log = logging.getLogger(__name__)
+BARRED = "excluded by"
 
 
 def find_sites(
@@ -50,7 +50,7 @@ def find_sites(
     Raises
     ------
     ZeroskipError
-        If an include pattern names no site; it suggests the nearest name.
+        If a pattern names no site; it suggests the nearest name. Of `exclude`, "lm_head" may name none, and "" does.
     """
     return select_sites(model, include, exclude)[0]
 
@@ -63,12 +63,10 @@ def select_sites(
     wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
     every = every_site(model)
     names = [site.name for site in every]
-    for pattern in wanted:
-        if not any(fits(pattern, name) for name in names):
-            raise ZeroskipError(f"include {pattern!r} names no site" + suggest(pattern, names))
-    for pattern in unwanted:
-        if pattern != "lm_head" and not any(fits(pattern, name) for name in names):
-            log.warning("exclude %r names no site%s", pattern, suggest(pattern, names))
+    for what, patterns in (("include", wanted), ("exclude", (p for p in unwanted if p not in ("lm_head", "")))):
+        for pattern in patterns:
+            if not any(fits(pattern, name) for name in names):
+                raise ZeroskipError(f"{what} {pattern!r} names no site" + suggest(pattern, names))
     twins = tied(model)
     sites: list[Site] = []
     skipped: dict[str, str] = {}
@@ -78,7 +76,7 @@ def select_sites(
         if wanted and not fitting:
             skipped[site.name] = "not included"
         elif barred is not None:
-            skipped[site.name] = f"excluded by {barred!r}"
+            skipped[site.name] = f"{BARRED} {barred!r}"
         elif site.adapter.asked and not any(map(_literal, fitting)):
             skipped[site.name] = f"{site.adapter.asked}; name it in include= to prune it"
         elif id(site.tensor) in twins and not any(map(_literal, fitting)):

@@ -93,7 +93,7 @@ def check_precision(precision: str | None) -> str | None:
     if precision is None or precision in PRECISIONS:
         return precision
     hint = suggest(str(precision), PRECISIONS)
-    raise ZeroskipError(f"precision is {precision!r}: give None or what the formats store{hint}")
+    raise ZeroskipError(f"precision is {precision!r}: give {', '.join(PRECISIONS)}, or leave it out{hint}")
 
 
 def allowed_values(dtype: torch.dtype, precision: str | None, recorded: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -165,10 +165,10 @@ def check_weights(sites: list[Site]) -> None:
     for site in sites:
         weight = site.weight()
         if weight.device.type != "cpu":
-            raise ZeroskipError(f"{site.name}: the weight is on {weight.device}; move the model with .to('cpu') first")
+            raise ZeroskipError(f"{site.label}: the weight is on {weight.device}; move the model with .to('cpu') first")
         wide = weight.float() if weight.element_size() < 2 else weight  # torch cannot ask that of an fp8 tensor
         if not bool(torch.isfinite(wide).all()):
-            raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
+            raise ZeroskipError(f"{site.label}: the weight holds NaN or Inf; repair the model first")
 
 
 def plannable(

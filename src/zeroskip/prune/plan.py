@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
 from zeroskip.computed import computed_layers
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site, every_site, fits, select_sites, tied
+from zeroskip.model import BARRED, Site, every_site, fits, select_sites, tied
 from zeroskip.planning.install import compiled_layers
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
@@ -214,7 +214,18 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
             del skipped[site.name]
     known = {site.owner for site in every}
     compiled = {name: COMPILED for name, _ in compiled_layers(model) if name not in known}
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if any(name.startswith(tuple(lists)) for name in compiled) and not any(
+        site.name.startswith(tuple(lists)) for site in every
+    ):
+        raise ZeroskipError("the model is compiled already; prune the model it was made from")
     skipped = compiled | computed_layers(model) | skipped
+    barred = [name for name, reason in skipped.items() if include and reason.startswith(BARRED)]
+    if not sites and barred:
+        raise ZeroskipError(
+            f"the model has nothing to prune: include names only what exclude leaves out, such as {barred[0]} "
+            f"({skipped[barred[0]]}{', the default' if exclude == ['lm_head'] else ''}); give another, '' for none"
+        )
     if not sites:
         raise ZeroskipError(
             "the model has nothing to prune: no weight is left that can be"
