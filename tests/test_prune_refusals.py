@@ -109,9 +109,9 @@ def test_what_is_no_model(model):
 
 
 def test_a_model_that_is_one_layer_has_a_name_in_messages():
-    with pytest.raises(ZeroskipError, match="^the model: its weight is not loaded"):
+    with pytest.raises(ZeroskipError, match=r"^the model: its weight is not loaded"):
         prune(nn.Linear(8, 8, device="meta"), "magnitude", sparsity=0.5)
-    with pytest.raises(ZeroskipError, match="^the model: 9 inputs are not a multiple of 4"):
+    with pytest.raises(ZeroskipError, match=r"^the model: 9 inputs are not a multiple of 4"):
         prune(nn.Linear(9, 9), "magnitude", pattern="2:4")
 
 
