@@ -28,6 +28,8 @@ WRONG = [
     ({"method": "wnada"}, "did you mean 'wanda'"),
     ({"method": "wanda+lss"}, r"did you mean 'wanda\+ls'"),
     ({"method": "wanda++ls"}, r"did you mean 'wanda\+ls'"),
+    ({"method": "wanda+ls+ls"}, r"method 'wanda\+ls\+ls' names 'ls' twice: leave one out"),
+    ({"method": "wanda+tune+tune"}, "names 'tune' twice"),
     ({"method": "wanda+"}, "did you mean 'wanda'"),
     ({"sparsity": None}, "needs a sparsity"),
     ({"sparsity": 1.0}, r"fraction of zeros in \[0, 1\)"),
