@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def strings_of(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool = 
     if not isinstance(text, str | os.PathLike | Iterable):
         raise ZeroskipError(f"text= is a {type(text).__name__}: give a list of strings or a path")
     path = Path(text) if isinstance(text, str | os.PathLike) else None
-    strings = list(text) if path is None else _read(path, paragraphs)
+    strings = _read(path, paragraphs) if path is not None else list(cast(Iterable[str], text))
     if any(not isinstance(string, str) for string in strings):
         raise ZeroskipError("text= holds something that is no string: give a list of strings or a path")
     strings = [string for string in strings if string.strip()]
