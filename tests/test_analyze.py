@@ -92,6 +92,8 @@ def test_a_compiled_model_is_analyzed_and_stays_compiled(monkeypatch: pytest.Mon
 
 
 def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ZeroskipError, match="budget_s is -1"):
+        analyze(Net(), budget_s=-1)
     for model, message in ((3, "give an nn.Module or the path"), (tmp_path / "nowhere", "nowhere")):
         with pytest.raises(ZeroskipError, match=message):
             analyze(model, tokens=(1,))  # type: ignore[arg-type]

@@ -81,6 +81,11 @@ def test_a_missing_peer_is_named(tiny, tmp_path, monkeypatch):
         (("--formats", "bitmsk"), "did you mean 'bitmask'"),
         (("--threads", "1;2"), "whole numbers with commas"),
         (("--tokens", "0"), "at least 1"),
+        (("--budget", "-1"), "the budget is -1.0 minutes: give 0 or more"),
+        (("--budget", "nan"), "the budget is nan minutes"),
+        (("--race", "-1"), "race_s is -1.0: give seconds above 0"),
+        (("--race", "nan", "--quick"), "race_s is nan"),
+        (("--cold-mb", "-5"), "cold_bytes is -5242880: give 0 or more"),
     ],
 )
 def test_a_benchmark_that_is_not_served(tmp_path, options, problem):

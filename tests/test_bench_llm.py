@@ -180,6 +180,7 @@ def test_a_table_shows_what_was_not_measured():
         (["--shape", "llama-1b", "--race", "0"], "race_s is 0"),
         (["--shape", "llama-1b", "--peers", "lama_cpp"], "did you mean 'llama_cpp'?"),
         (["--model", "nowhere"], "no such model directory"),
+        (["--model", ".", "--calibration", "nowhere.txt"], "--calibration nowhere.txt: no such file"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(words, told):

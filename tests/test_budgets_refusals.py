@@ -34,6 +34,8 @@ WRONG = [
     ({"target": {"sparsity": "50%"}, "sparsity": None}, "sparsity is '50%': give a number"),
     ({"target": {"sparsity": 1.0}, "sparsity": None}, r"fraction of zeros in \[0, 1\)"),
     ({"target": {"params": 10}, "sparsity": None}, "params 10 is out of reach: with at most 0.99 zeros"),
+    ({"target": {"params": "400%"}, "sparsity": None}, "'400%': more than the dense model has; give up to '100%'"),
+    ({"target": {"params": 1e9}, "sparsity": None}, r"params 1e\+09 is more than the dense model has, \d+"),
     ({"target": {"bytes": 10}, "sparsity": None}, "bytes 10 is out of reach"),
     ({"budget": "owl", "sparsity": 0.995}, "out of reach"),
     ({"budget": "owl", "calibration": None}, "budget 'owl' needs data"),

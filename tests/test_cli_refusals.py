@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from cli_models import cli, refused, zeroskip_process
+from cli_models import cli, refused, write_tokenizer, zeroskip_process
+from tiny_models import t5
 
 from zeroskip.cli import main
 
@@ -115,9 +116,10 @@ def test_calibration_that_cannot_be_used(encoder, tmp_path):
         "prune", encoder, tmp_path / "out", "--pattern", "2:4", "--calibration", tmp_path / "data" / "not"
     )
     (tmp_path / "data" / "blank.txt").write_text(" \n")
-    for file, problem in (("blank.txt", "holds no text"), ("absent.txt", "no readable UTF-8 file")):
+    for file, problem in (("blank.txt", "holds no text"), ("absent.txt", "absent.txt: no such file")):
         asked = ("--pattern", "2:4", "--text", tmp_path / "data" / file)
-        assert problem in refused("prune", encoder, tmp_path / "out", *asked)
+        for model in (encoder, tmp_path / "absent"):  # the text is read before the model is
+            assert problem in refused("prune", model, tmp_path / "out", *asked)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -150,7 +152,7 @@ def test_weights_that_are_not_finite(encoder, tmp_path, bad):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--precision", "int5"), "did you mean 'int8'"),
+        (("--precision", "int5"), "give fp32, bf16, int8, int4, or leave it out (did you mean 'int8'"),
         (("--precision", "bf61"), "did you mean 'bf16'"),
         (("--tokens", "0"), "at least 1"),
         (("--tokens", "one"), "--tokens 'one'"),
@@ -207,10 +209,32 @@ def test_a_full_disk_leaves_nothing_but_the_journal(encoder, text, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_output_that_cannot_be_made(encoder, tmp_path):
+    (tmp_path / "file").touch()
+    for model in (encoder, tmp_path / "absent"):
+        line = refused("prune", model, tmp_path / "file" / "out", "--method", "magnitude", "--sparsity", 0.5)
+        assert f"cannot be made: {tmp_path}/file is no directory" in line
+
+
+def test_what_include_names_and_exclude_leaves_out(decoder, tmp_path):
+    asked = ("--method", "magnitude", "--sparsity", 0.5, "--include", "lm_head")
+    line = refused("prune", decoder, tmp_path / "out", *asked)
+    assert "such as lm_head (excluded by 'lm_head', the default); give another, '' for none" in line
+    assert cli("prune", decoder, tmp_path / "out", *asked, "--exclude", "", "--no-speed").exit_code == 0
+
+
+def test_an_encoder_decoder_is_no_encoder(tmp_path):
+    t5().save_pretrained(tmp_path / "both")
+    write_tokenizer(tmp_path / "both", ["<pad>", "<unk>", "<eos>"])
+    for asked in (("--text", "a"), ("--prompt", "a")):
+        assert "has an encoder and a decoder; causal" in refused("run", tmp_path / "both", *asked)
+
+
 def test_run_needs_what_fits_the_model(encoder, decoder):
     assert "is a language model: give --prompt" in refused("run", decoder, "--text", "a")
     assert "is an encoder (BertModel)" in refused("run", encoder, "--prompt", "a")
     assert "no text" in refused("run", encoder, input="\n \n")
+    assert "--prompt is for a language model" in refused("run", decoder, "--prompt", "a", "--text", "b")
 
 
 def test_text_that_is_no_utf8(encoder, decoder):

@@ -259,6 +259,7 @@ def test_bad_input() -> None:
         ({"precision": "bf61"}, "did you mean 'bf16'"),
         ({"plan": 3}, "plan is a int"),
         ({"plan": "/nowhere/plan.json"}, "cannot read a plan"),
+        ({"budget_s": float("nan")}, "budget_s is nan: give seconds above 0"),
         ({"example_inputs": "text"}, "example_inputs is a str"),
         ({"example_inputs": torch.randn(2, 3)}, "does not run on example_inputs"),
     ]

@@ -79,6 +79,12 @@ def test_what_cannot_be_gets_one_line(tmp_path, case):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
+def test_a_file_that_holds_no_weights(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ZeroskipError, match=r"empty\.txt: is no weight file: give a directory"):
+        convert(tmp_path / "empty.txt", tmp_path / "out")
+
+
 def test_widths_that_are_not_read_and_other_config(tmp_path):
     weights = {"weights": {"num_bits": 3}}
     for section, problem in (

@@ -220,7 +220,7 @@ def test_tokens() -> None:
 
 def test_precision() -> None:
     assert check_precision(None) is None and check_precision("bf16") == "bf16"
-    for name, message in (("int5", "did you mean 'int"), ("fp23", "did you mean 'fp32'"), (16, "give None")):
+    for name, message in (("int5", "did you mean 'int"), ("fp23", "did you mean 'fp32'"), (16, "give fp32")):
         with pytest.raises(ZeroskipError, match=message):
             check_precision(name)  # type: ignore[arg-type]
     assert allowed_values(torch.float32, None) == ("fp32",)

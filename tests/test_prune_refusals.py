@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
-from tiny_models import batches, llama, tokens
+import torch.nn.utils.prune
+from tiny_models import batches, llama, t5, tokens
 from torch import nn
 
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import pack
+from zeroskip.model import find_sites, replace
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.planner import plannable
 from zeroskip.prune import prune
 
 
@@ -25,6 +28,8 @@ WRONG = [
     ({"method": "wnada"}, "did you mean 'wanda'"),
     ({"method": "wanda+lss"}, r"did you mean 'wanda\+ls'"),
     ({"method": "wanda++ls"}, r"did you mean 'wanda\+ls'"),
+    ({"method": "wanda+ls+ls"}, r"method 'wanda\+ls\+ls' names 'ls' twice: leave one out"),
+    ({"method": "wanda+tune+tune"}, "names 'tune' twice"),
     ({"method": "wanda+"}, "did you mean 'wanda'"),
     ({"sparsity": None}, "needs a sparsity"),
     ({"sparsity": 1.0}, r"fraction of zeros in \[0, 1\)"),
@@ -105,6 +110,18 @@ def test_what_is_no_model(model):
         prune(model, "magnitude", sparsity=0.5)
 
 
+def test_a_model_that_is_one_layer_has_a_name_in_messages():
+    with pytest.raises(ZeroskipError, match=r"^the model: its weight is not loaded"):
+        prune(nn.Linear(8, 8, device="meta"), "magnitude", sparsity=0.5)
+    with pytest.raises(ZeroskipError, match=r"^the model: 9 inputs are not a multiple of 4"):
+        prune(nn.Linear(9, 9), "magnitude", pattern="2:4")
+
+
+def test_an_encoder_decoder_without_inputs_of_its_decoder():
+    with pytest.raises(ZeroskipError, match=r"batch 0: .*\(a T5ForConditionalGeneration takes .* decoder_input_ids\)"):
+        prune(t5(), "wanda", sparsity=0.5, calibration=[{"input_ids": tokens()}])
+
+
 def test_weights_that_nothing_computes_with():
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.float8_e4m3fn)
     with pytest.raises(ZeroskipError, match=r"0: its weight is torch\.float8_e4m3fn; convert the model"):
@@ -122,9 +139,32 @@ def test_a_compiled_model_is_pruned_no_more():
     model[0] = PackedLinear.from_packed(pack(model[0].weight), model[0].bias.data)
     report = prune(model, "magnitude", sparsity=0.5)
     assert report.skipped == {"0": "compiled already; prune a model first, then compile it"}
+    language = llama()
+    for site in find_sites(language):
+        replace(language, site.name, PackedLinear.from_packed(pack(site.weight()[0])))
+    with pytest.raises(ZeroskipError, match="compiled already; prune the model it was made from"):
+        prune(language, "rtn", values="int8", include="lm_head", exclude=None)
     model[1] = PackedLinear.from_packed(pack(model[1].weight), model[1].bias.data)
     with pytest.raises(ZeroskipError, match=r"nothing to prune.*'0', 'compiled already; prune a model first"):
         prune(model, "magnitude", sparsity=0.5)
+
+
+def test_layers_whose_weight_is_computed_are_named_with_the_remedy():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.LSTM(8, 8))
+    nn.utils.prune.l1_unstructured(model[1], "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.weight_norm(model[3])
+    torch.ao.quantization.quantize_dynamic(model, {"4": torch.ao.quantization.default_dynamic_qconfig}, inplace=True)
+    skipped = prune(model, "magnitude", sparsity=0.5).skipped
+    remedies = {name: reason.partition("; ")[2] for name, reason in skipped.items()}
+    assert remedies == {
+        "1": "call torch.nn.utils.prune.remove on it first",
+        "2": "call torch.nn.utils.parametrize.remove_parametrizations on it first",
+        "3": "call torch.nn.utils.remove_weight_norm on it first",
+        "4": "take the model it was made from",
+    }
+    notes = plannable(model, None)[1]
+    assert all(f"{name}: stays as it is, {reason}" in notes for name, reason in skipped.items())
 
 
 def test_nothing_to_prune():

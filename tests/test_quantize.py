@@ -16,7 +16,10 @@ import zeroskip as zs
 from zeroskip import _core
 from zeroskip.formats.base import get, names
 from zeroskip.ops import kernels
-from zeroskip.quantize import GROUPS, LEAST, LIMIT, SCALES, group_of, quantize
+from zeroskip.planning.candidates import pack_as
+from zeroskip.prune.base import Integers
+from zeroskip.prune.scales import group_scales
+from zeroskip.quantize import GROUPS, LEAST, LIMIT, SCALES, codes_of, fits_fp16, group_of, quantize
 
 KINDS = [(name, values) for name in names() for values in get(name).values if values in LIMIT]
 each_kind = pytest.mark.parametrize(("name", "values"), KINDS, ids=["-".join(kind) for kind in KINDS])
@@ -42,6 +45,10 @@ def test_rounding_is_to_the_nearest_code(
 ) -> None:
     weight = random(m, k, seed=seed) * 2.0**power
     weight[random(m, k, seed=seed + 1) < 0] = 0
+    if kind == "fp16" and not fits_fp16(weight, values, group):
+        with pytest.raises(zs.ZeroskipError, match="too small for fp16 scales"):
+            quantize(weight, values, group, kind)
+        return
     made = quantize(weight, values, group, kind)
     assert made.scales.dtype == SCALES[kind] and made.scales.shape == (m, -(-k // group))
     assert made.codes.abs().max() <= LIMIT[values]
@@ -146,6 +153,11 @@ def test_layout_of_dense(values: str) -> None:
         ({"scales": torch.full((8, 2), torch.inf)}, "zero, negative or not finite"),
         ({"scales": torch.full((8, 2), torch.nan)}, "zero, negative or not finite"),
         ({"weight": torch.full((8, 100), 1e9)}, "use scales='fp32'"),
+        ({"weight": torch.full((8, 100), 1e-7)}, "too small for fp16 scales: use scales='fp32'"),
+        ({"scales": torch.full((8, 2), 0.1)}, "row 0, group 0: weight 1 lies beyond the int4 codes of its scale 0.1"),
+        ({"format": ["dense"]}, r"unknown format \['dense'\]"),
+        ({"group_size": 64.0}, r"group_size is 64\.0"),
+        ({"scales": ["fp16"]}, r"scales is \['fp16'\]: give a tensor"),
         ({"values": "bf16", "scales": torch.ones(8, 2)}, "scales belongs to integer values"),
     ],
     ids=str,
@@ -154,6 +166,18 @@ def test_pack_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(zs.ZeroskipError, match=message) as caught:
         zs.pack(**{"weight": torch.ones(8, 100), "format": "dense", "values": "int4", **arguments})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e9])
+@pytest.mark.parametrize("values", LIMIT)
+def test_no_weight_is_too_small_or_large_for_pruning_and_compilation(values: str, size: float) -> None:
+    weight = random(64, 64) * size
+    packed = pack_as("dense", weight, values, None)
+    solved = group_scales(weight, torch.ones(64), Integers(values, 64))
+    assert packed.scales is not None and packed.scales.dtype == solved.dtype == torch.float32
+    for scales in (packed.scales, solved):
+        lost = (codes_of(weight, scales, values, 64) * scales - weight).norm() / weight.norm()
+        assert lost < (0.01 if values == "int8" else 0.15)
 
 
 @each_kind

@@ -209,6 +209,22 @@ def test_prune_writes_both_files(decoder, tmp_path, monkeypatch, short_races):
     assert len(Page((out / "report.html").read_text()).of("img")) == 14
 
 
+def test_perplexity_is_that_of_fp32_as_eval_measures_it(decoder, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(decoder).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(decoder).save_pretrained(tmp_path / "half")
+    (tmp_path / "held.txt").write_text(" ".join(WORDS * 10))
+    asked = ("--method", "magnitude", "--pattern", "2:4", "--no-speed", "--eval-text", tmp_path / "held.txt")
+    assert cli("prune", tmp_path / "half", tmp_path / "out", *asked).exit_code == 0
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["quality"]
+    for model, when in (("half", "before"), ("out", "after")):
+        where = ("--text", tmp_path / "held.txt", "--context", 64, "--json", tmp_path / "eval.json")
+        assert cli("eval", tmp_path / model, *where).exit_code == 0
+        found = json.loads((tmp_path / "eval.json").read_text())["perplexity"]
+        assert found["nll"] == pytest.approx(told[when]["nll"], rel=1e-12) and told[when]["dtype"] == "float32"
+
+
 def test_perplexity_is_measured_on_the_text_that_was_given(decoder, tmp_path):
     text, held = tmp_path / "a.txt", tmp_path / "held.json"
     text.write_text(" ".join(WORDS))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect_seconds
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.break_even import BreakEven, break_even
 from zeroskip.planning.candidates import PRECISIONS, allowed_values, check_precision
@@ -109,6 +109,7 @@ def analyze(
         As `zs.compile`, and if there is no model at the path.
     """
     wanted, precision = Tokens.parse(tokens), check_precision(precision)
+    expect_seconds("budget_s", budget_s)
     if not isinstance(model, nn.Module):
         model = _load(model)
     elif next(compiled_layers(model := unwrapped(model)), None) is not None:

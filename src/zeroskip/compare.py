@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from zeroskip.bench.llm_models import without_data
-from zeroskip.errors import ZeroskipError
+from zeroskip.errors import ZeroskipError, expect_seconds
 from zeroskip.model import unwrapped
 from zeroskip.planning.install import compiled_layers
 from zeroskip.planning.machine import Machine, this_machine
@@ -143,6 +143,7 @@ def compare(
         On an unknown recipe, a model that is compiled, text without tokenizer, or `eval_text` without `text`.
     """
     wanted = Tokens.parse(tokens)
+    expect_seconds("budget_s", budget_s)
     model = unwrapped(model)
     if next(compiled_layers(model), None) is not None:
         raise ZeroskipError("the model is compiled: compare recipes on the dense one")

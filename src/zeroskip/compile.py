@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from zeroskip.dense_layers import RowLinear
-from zeroskip.errors import ZeroskipError, expect
+from zeroskip.errors import ZeroskipError, expect, expect_seconds
 from zeroskip.io.meta import attach
 from zeroskip.model import Site, unwrapped
 from zeroskip.planning.candidates import check_precision
@@ -121,6 +121,7 @@ def compile(
     expect("model", model, nn.Module, "an nn.Module")
     called, model = model, unwrapped(model)
     wanted, precision, prefer = Tokens.parse(tokens), check_precision(precision), check_prefer(prefer)
+    expect_seconds("budget_s", budget_s)
     given = _read(plan)
     if given is not None and batch_invariant and not given.batch_invariant:
         raise ZeroskipError("the plan was made without batch_invariant: compile without plan= to have one measured")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from types import UnionType
 
-__all__ = ["ZeroskipError", "expect", "first_line", "suggest"]
+__all__ = ["ZeroskipError", "expect", "expect_seconds", "first_line", "suggest"]
 
 
 class ZeroskipError(ValueError):
@@ -17,6 +18,12 @@ def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
     """Raise unless `value` is a `kind`; `what` says in words what to give."""
     if not isinstance(value, kind):
         raise ZeroskipError(f"{name} is a {type(value).__name__}: give {what}")
+
+
+def expect_seconds(name: str, value: float) -> None:
+    """Raise unless `value` is a time to spend."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ZeroskipError(f"{name} is {value!r}: give seconds above 0")
 
 
 def first_line(error: BaseException) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import re
 import sys
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import nn
 
 from zeroskip.errors import ZeroskipError, expect, suggest
 from zeroskip.sites import Adapter, Site, sites_in
 
 __all__ = [
+    "BARRED",
     "Adapter",
     "Site",
     "every_site",
@@ -23,10 +24,11 @@ __all__ = [
     "replace",
     "select_sites",
     "site_patterns",
+    "tied",
     "unwrapped",
 ]
 
-log = logging.getLogger(__name__)
+BARRED = "excluded by"
 
 
 def find_sites(
@@ -42,13 +44,13 @@ def find_sites(
     include, exclude : patterns, optional
         Globs on site names ("rnn.weight_*"); a glob that fits the last dotted part counts too ("lm_head" fits
         "model.lm_head"). "re:..." is a regular expression that must fit the whole name. `exclude`
-        wins over `include`. Embeddings, depthwise convolutions and weights tied to another module (the same Parameter)
+        wins over `include`. Embeddings, depthwise convolutions and weights tied to another module (the same memory)
         are left out unless a pattern of `include` without a wildcard in its last part fits.
 
     Raises
     ------
     ZeroskipError
-        If an include pattern names no site; it suggests the nearest name.
+        If a pattern names no site; it suggests the nearest name. Of `exclude`, "lm_head" may name none, and "" does.
     """
     return select_sites(model, include, exclude)[0]
 
@@ -61,13 +63,11 @@ def select_sites(
     wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
     every = every_site(model)
     names = [site.name for site in every]
-    for pattern in wanted:
-        if not any(fits(pattern, name) for name in names):
-            raise ZeroskipError(f"include {pattern!r} names no site" + suggest(pattern, names))
-    for pattern in unwanted:
-        if pattern != "lm_head" and not any(fits(pattern, name) for name in names):
-            log.warning("exclude %r names no site%s", pattern, suggest(pattern, names))
-    tied = _tied(model)
+    for what, patterns in (("include", wanted), ("exclude", (p for p in unwanted if p not in ("lm_head", "")))):
+        for pattern in patterns:
+            if not any(fits(pattern, name) for name in names):
+                raise ZeroskipError(f"{what} {pattern!r} names no site" + suggest(pattern, names))
+    twins = tied(model)
     sites: list[Site] = []
     skipped: dict[str, str] = {}
     for site in every:
@@ -76,10 +76,10 @@ def select_sites(
         if wanted and not fitting:
             skipped[site.name] = "not included"
         elif barred is not None:
-            skipped[site.name] = f"excluded by {barred!r}"
+            skipped[site.name] = f"{BARRED} {barred!r}"
         elif site.adapter.asked and not any(map(_literal, fitting)):
             skipped[site.name] = f"{site.adapter.asked}; name it in include= to prune it"
-        elif id(site.tensor) in tied and not any(map(_literal, fitting)):
+        elif id(site.tensor) in twins and not any(map(_literal, fitting)):
             skipped[site.name] = "weight tied to another module; name it in include= to prune both"
         else:
             sites.append(site)
@@ -126,15 +126,33 @@ def every_site(model: nn.Module) -> list[Site]:
     return found
 
 
-def _tied(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that two modules own."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (twice if id(parameter) in seen else seen).add(id(parameter))
-    return twice
+def tied(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Return {id of a parameter: ids of all that share memory with it}, of those that two modules own.
+
+    Two parameters on one storage are one weight where the bytes between their first and last element overlap; pieces
+    of one buffer, or of one mapped file, are not.
+    """
+    owned = (parameter for module in model.modules() for parameter in module._parameters.values())
+    groups: list[list[int]] = []
+    place, end = "", 0
+    for where, first, stop, this in sorted((*_span(p), id(p)) for p in owned if p is not None):
+        if where == place and first < end:
+            groups[-1].append(this)
+            end = max(end, stop)
+        else:
+            groups.append([this])
+            place, end = where, stop
+    return {this: tuple(group) for group in groups if len(group) > 1 for this in group}
+
+
+def _span(parameter: nn.Parameter) -> tuple[str, int, int]:
+    """Return (device, first byte, end) of a parameter; what has no bytes of its own shares them with itself alone."""
+    own = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.numel()
+    if not own or parameter.device.type == "meta":
+        return "", id(parameter), id(parameter) + 1
+    last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
+    first = parameter.data_ptr()
+    return str(parameter.device), first, first + (last + 1) * parameter.element_size()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,9 @@ def fp32_bias(bias: Tensor, m: int) -> Tensor:
 
 
 def register(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    """Define an op for CPU tensors and return its overload: finding that anew costs each call half a microsecond.
+    """Define an op for CPU tensors and return what calls it; finding its overload anew would cost half a microsecond.
+
+    Going back through a call for a gradient raises; torch alone would only warn, and leave the gradient out.
 
     Parameters
     ----------
@@ -95,4 +97,31 @@ def register(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"zeroskip::{name}", fake, lib=_library)
-    return getattr(torch.ops.zeroskip, name).default
+    op, apply = getattr(torch.ops.zeroskip, name).default, cast(Any, _NoGradient).apply
+
+    def call(*args: Any) -> Any:
+        return apply(run, *args) if _wants_gradient(args) else op(*args)
+
+    return call
+
+
+def _wants_gradient(args: Sequence[Any]) -> bool:
+    """Return whether autograd records a call of an op that is otherwise plain."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(isinstance(each, Tensor) and each.requires_grad for each in args) and is_plain(args[0].detach())
+
+
+class _NoGradient(torch.autograd.Function):
+    """Computes, and raises on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
+        return run(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ZeroskipError(
+            "a packed layer has no gradient: train the model before it is compiled, or freeze what comes before the "
+            "layer (requires_grad_(False)), or call it under torch.no_grad()"
+        )

@@ -134,7 +134,7 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
     Raises
     ------
     ZeroskipError
-        A dtype, shape or name that does not fit; the line states it.
+        A dtype, shape or name that does not fit; the line states it. On the way back, if a gradient is asked for.
     """
     expect("packed", packed, Packed, "what pack() returns")
     expect("x", x, Tensor, "a tensor")
@@ -144,7 +144,10 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, activation: st
             raise ZeroskipError(f"{name} is no plain dense tensor ({given.layout}): convert it first")
     if bias is not None and (bias.device != x.device or not bias.is_floating_point()):
         raise ZeroskipError(f"bias is {bias.dtype} on {bias.device}: give floating-point numbers on {x.device}")
-    result: Tensor = call(x, packed.blob, bias, packed.shape[0], activation_code(activation))
+    rest = packed.blob, bias, packed.shape[0], activation_code(activation)
+    if is_plain(x) and (bias is None or is_plain(bias)):
+        return call_plain(x, *rest)
+    result: Tensor = call(x, *rest)
     return result
 
 

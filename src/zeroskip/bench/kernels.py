@@ -21,7 +21,7 @@ from zeroskip.bench.peers.remote import PeerError, PeerProcess
 from zeroskip.bench.results import KernelTable
 from zeroskip.bench.roofline import rooflines
 from zeroskip.bench.suites import Case, suite
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError, expect_seconds, suggest
 from zeroskip.formats import names as format_names
 from zeroskip.planning.machine import this_machine
 
@@ -76,6 +76,11 @@ class Settings:
                 raise ZeroskipError(f"{what} {counts}: each is at least 1")
         if not self.threads:
             raise ZeroskipError("no thread counts: give at least one, such as 1")
+        expect_seconds("race_s", self.race_s)
+        if self.minutes is not None and not self.minutes >= 0:
+            raise ZeroskipError(f"the budget is {self.minutes} minutes: give 0 or more")
+        if self.cold_bytes < 0:
+            raise ZeroskipError(f"cold_bytes is {self.cold_bytes}: give 0 or more")
 
     def cases(self) -> tuple[Case, ...]:
         cases = suite(self.suite).cases

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from zeroskip.bench import peers
 from zeroskip.bench.llm_models import SHAPES
-from zeroskip.errors import ZeroskipError, suggest
+from zeroskip.errors import ZeroskipError, expect_seconds, suggest
 from zeroskip.planning.plan import check_prefer
 from zeroskip.prune import Recipe
 from zeroskip.prune.recipe import DEFAULTS
@@ -113,8 +112,7 @@ class Settings:
         for what, counts in {"tokens": self.tokens, "batch": self.batch, "threads": self.threads}.items():
             if not counts or min(counts) < 1:
                 raise ZeroskipError(f"{what} {counts}: give numbers of at least 1")
-        if not 0 < self.race_s < math.inf:
-            raise ZeroskipError(f"race_s is {self.race_s}: give seconds above 0")
+        expect_seconds("race_s", self.race_s)
         for name in self.peers:
             if name not in peers.names():
                 raise ZeroskipError(f"unknown peer {name!r}{suggest(name, peers.names())}")

@@ -3,7 +3,7 @@
 from zeroskip.calibrate.blocks import find_blocks, sites_of
 from zeroskip.calibrate.collect import collect
 from zeroskip.calibrate.data import Batch, read_batches
-from zeroskip.calibrate.fp32 import in_fp32, to_fp32
+from zeroskip.calibrate.fp32 import in_fp32, in_fp32_by_parts, to_fp32
 from zeroskip.calibrate.journal import Journal
 from zeroskip.calibrate.replay import Block, Replay
 from zeroskip.calibrate.stats import Collector, SharingError, Stat
@@ -25,6 +25,7 @@ __all__ = [
     "find_blocks",
     "first_tensor",
     "in_fp32",
+    "in_fp32_by_parts",
     "read_batches",
     "sites_of",
     "strings_of",

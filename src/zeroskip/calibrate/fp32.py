@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["Wide", "in_fp32", "to_fp32"]
+__all__ = ["Wide", "in_fp32", "in_fp32_by_parts", "to_fp32"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -31,6 +31,34 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
             tensor.grad = None
             tensor.data = tensor.data.to(dtype)
             tensor.requires_grad_(grad)
+
+
+@contextmanager
+def in_fp32_by_parts(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in fp32 with the half-precision numbers of one module at a time, so that mapped ones stay.
+
+    What comes out is what `model.float()` gives.
+    """
+    held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        own = [*module._parameters.values(), *module._buffers.values()]
+        held[module] = [(each, each.data) for each in own if each is not None and each.dtype in HALF]
+        for each, data in held[module]:
+            each.data = data.float()
+        return tree_map(to_fp32, (args, kwargs)) if held[module] else None
+
+    def after(module: nn.Module, *_: Any) -> None:
+        for each, data in held.pop(module):
+            each.data = data
+
+    hooks: list[Any] = [part.register_forward_pre_hook(before, with_kwargs=True) for part in model.modules()]
+    hooks += [part.register_forward_hook(after, always_call=True) for part in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Wide:

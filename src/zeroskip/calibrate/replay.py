@@ -259,10 +259,14 @@ class Replay:
                 return batch.call(self.model)
             except _Stop:
                 return None
-            except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+            except ZeroskipError:
+                raise
+            except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
                 index = next(i for i, one in enumerate(self.batches) if one.named is batch.named)
+                both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+                hint = f" (a {type(self.model).__name__} takes inputs of its decoder too: decoder_input_ids)"
                 raise ZeroskipError(
-                    f"the model does not run on calibration batch {index}: {first_line(error)}"
+                    f"the model does not run on calibration batch {index}: {first_line(error)}{hint if both else ''}"
                 ) from error
             finally:
                 self.arguments = {}

@@ -192,7 +192,7 @@ class Collector:
         parts = [part.float() for part in parts]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise ZeroskipError(
-                f"{site.name}: its calibration input holds NaN or Inf; check the data and the model's dtype"
+                f"{site.label}: its calibration input holds NaN or Inf; check the data and the model's dtype"
             )
         tally = self.tallies[site.name]
         tally.count(lengths)
@@ -230,6 +230,6 @@ class Collector:
         for name, total in totals.items():
             if not bool(torch.isfinite(total).all()):
                 raise ZeroskipError(
-                    f"{site.name}: the statistic {name!r} of its inputs overflows float32; scale the data"
+                    f"{site.label}: the statistic {name!r} of its inputs overflows float32; scale the data"
                 )
         return int(tally.counts.max()), totals | {"tokens": tally.counts}

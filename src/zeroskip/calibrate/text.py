@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ def text_batches(
         raise ZeroskipError(f"tokenizer is a {type(tokenizer).__name__}: give the model's own, as loaded")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ZeroskipError("text= serves encoders and decoders: give an encoder-decoder model calibration= batches")
+        raise ZeroskipError(
+            f"text= serves causal language models and encoders, and a {type(model).__name__} is an "
+            "encoder-decoder: give calibration= batches"
+        )
     if _is_encoder(tokenizer):
         limit = int(min(tokens, window_limit(model, tokenizer)))
         strings = strings_of(text, paragraphs=True)
@@ -115,12 +118,13 @@ def strings_of(text: str | os.PathLike[str] | Iterable[str], paragraphs: bool = 
     """
     if not isinstance(text, str | os.PathLike | Iterable):
         raise ZeroskipError(f"text= is a {type(text).__name__}: give a list of strings or a path")
-    strings = _read(Path(text), paragraphs) if isinstance(text, str | os.PathLike) else list(text)
+    path = Path(text) if isinstance(text, str | os.PathLike) else None
+    strings = _read(path, paragraphs) if path is not None else list(cast(Iterable[str], text))
     if any(not isinstance(string, str) for string in strings):
         raise ZeroskipError("text= holds something that is no string: give a list of strings or a path")
     strings = [string for string in strings if string.strip()]
     if not strings:
-        raise ZeroskipError("text= holds no text")
+        raise ZeroskipError("text= holds no text" if path is None else f"text= {str(path)[:80]!r} holds no text")
     return strings
 
 
@@ -133,9 +137,8 @@ def _read(path: Path, paragraphs: bool) -> list[str]:
             return re.split(r"\n\s*\n", content) if paragraphs else [content]
         strings = json.loads(content)
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
-        raise ZeroskipError(
-            f"text= {str(path)[:80]!r} is no readable UTF-8 file ({error}); give a list of strings"
-        ) from None
+        advice = "" if path.is_file() else "; give a list of strings"  # or a sentence was given in place of its list
+        raise ZeroskipError(f"text= {str(path)[:80]!r} is no readable UTF-8 file ({error}){advice}") from None
     if not isinstance(strings, list):
         raise ZeroskipError(f"text= {str(path)[:80]!r} holds a JSON {type(strings).__name__}, not a list of strings")
     return strings

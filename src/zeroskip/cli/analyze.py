@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zeroskip.cli.compile import Precision, Tokens, token_counts
-from zeroskip.cli.inputs import InputsFile, read_inputs
+from zeroskip.cli.inputs import InputsFile, check_text, read_inputs
 from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -53,6 +53,8 @@ def analyze(
         raise ZeroskipError("--inputs is of a model as it is, and recipes are compared on tokens: leave one out")
     if recipes is not None and precision is not None:
         raise ZeroskipError("--precision is of the layers as they are, and recipes have their own: leave one out")
+    check_text("--text", text)
+    check_text("--eval-text", eval_text)
     from zeroskip.cli import models
     from zeroskip.planning.candidates import check_precision
     from zeroskip.prune import Recipe

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from zeroskip.cli.inputs import check_text
 from zeroskip.cli.terminal import Json, app, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -54,7 +55,7 @@ def kernels(
         tokens=_counts("--tokens", tokens),
         peers=tuple(choose(peers)),
         formats=tuple(name for name in formats.split(",") if name),
-        cold_bytes=max(cold_mb, 0) << 20,
+        cold_bytes=cold_mb << 20,
         race_s=min(race, 0.5) if quick else race,
         minutes=budget,
         quick=quick,
@@ -144,6 +145,8 @@ def llm(
         group_size=group_size,
         make_only=make_only,
     )
+    check_text("--text", text)
+    check_text("--calibration", calibration)
     if make_only and work is None:
         raise ZeroskipError("--make-only needs --work DIR: what it makes is for another run")
     with tempfile.TemporaryDirectory(prefix="zeroskip-llm-") as temporary, progress("language models") as advance:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zeroskip.cli.inputs import check_text
 from zeroskip.cli.terminal import Json, command, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -40,6 +41,7 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if text is None and not names:
         raise ZeroskipError("nothing to measure: give --text FILE, --tasks NAME, or both")
+    check_text("--text", text)
     from zeroskip.cli import models
     from zeroskip.quality import perplexity, run_tasks
     from zeroskip.quality.tasks import check_installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,14 @@ class Evidence:
 
 
 def _scored(judge: Judge, network: nn.Module, what: str) -> dict[str, Any]:
-    with progress(what) as advance:
-        return judge.score(network, advance).to_dict()
+    """Score in fp32, as `zeroskip eval` does, without a second model in memory."""
+    from zeroskip.calibrate import in_fp32_by_parts
+    from zeroskip.planning.install import compiled_layers
+
+    compiled = next(compiled_layers(network), None) is not None
+    with progress(what) as advance, nullcontext() if compiled else in_fp32_by_parts(network):
+        found = judge.score(network, advance).to_dict()
+    return found if compiled else found | {"dtype": "float32"}
 
 
 def _speed(network: nn.Module) -> dict[str, Any]:

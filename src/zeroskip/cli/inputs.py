@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zeroskip.errors import ZeroskipError, first_line
 
-__all__ = ["InputsFile", "read_inputs"]
+__all__ = ["InputsFile", "check_text", "read_inputs"]
 
 InputsFile = Annotated[
     Path | None,
@@ -21,6 +21,17 @@ InputsFile = Annotated[
     ),
 ]
 ENDINGS = (".npy", ".safetensors", ".pt", ".pth")
+
+
+def check_text(option: str, path: Path | None) -> None:
+    """Find out before a model is loaded, not after it, that a file holds no text."""
+    if path is None:
+        return
+    if not path.is_file():
+        raise ZeroskipError(f"{option} {path}: no such file")
+    from zeroskip.calibrate import strings_of
+
+    strings_of(path)
 
 
 def read_inputs(path: Path | None, model: nn.Module) -> Any:

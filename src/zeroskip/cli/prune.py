@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zeroskip.cli.inputs import check_text
 from zeroskip.cli.terminal import Json, command, interrupted, progress, say, step, write_json
 from zeroskip.errors import ZeroskipError
 
@@ -45,7 +46,9 @@ def prune(
     include: Annotated[
         list[str] | None, typer.Option(help="Only sites of this name: glob or re:REGEX. Repeat.")
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No site of this name. Repeat. Default: lm_head.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No site of this name; '' for none. Repeat. Default: lm_head.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
     values: Annotated[str | None, typer.Option(help="int4 or int8, for gptq and sparsegpt+gptq.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale: 32, 64 or 128.")] = None,
@@ -95,6 +98,8 @@ def prune(
     from zeroskip.prune.recipe import Recipe
 
     check_new(out)
+    check_text("--text", text)
+    check_text("--eval-text", eval_text)
     if text is not None and calibration is not None:
         raise ZeroskipError("give --text or --calibration, not both")
     # What can be refused without the model is refused before a large one is loaded.

@@ -40,6 +40,8 @@ def run(
     from zeroskip.cli import models
     from zeroskip.cli.generating import Drawing, generate
 
+    if prompt is not None and text:
+        raise ZeroskipError("--prompt is for a language model, --text for an encoder: leave one out")
     drawing = Drawing(max_new_tokens, temperature, top_p, seed)
     with step(f"loading {model}"):
         network = models.load(model)
@@ -59,6 +61,9 @@ def run(
         if spoken.stopped:
             raise KeyboardInterrupt
         return
+    if getattr(network.config, "is_encoder_decoder", False):
+        kind = type(network).__name__
+        raise ZeroskipError(f"{model}: a {kind} has an encoder and a decoder; causal language models and encoders run")
     if prompt is not None:
         raise ZeroskipError(f"{model} is an encoder ({type(network).__name__}): give --text LINE, not --prompt")
     lines = [utf8(line, f"line {number}") for number, line in enumerate(text or _stdin_lines(), start=1)]

@@ -38,6 +38,8 @@ def open_model(source: Path) -> Stored:
     """
     if not source.exists():
         raise ZeroskipError(f"{source}: no such directory or file; a model of the hub is to be fetched first")
+    if source.is_file() and source.suffix not in (".safetensors", *TORCH):
+        raise ZeroskipError(f"{source}: is no weight file: give a directory, or a .safetensors, .bin, .pt or .pth file")
     folder = source if source.is_dir() else source.parent
     if not (folder / CONFIG).exists():
         raise ZeroskipError(f"{folder}: has no {CONFIG}, which says what model the tensors are of")

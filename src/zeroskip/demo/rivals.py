@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.bench.dense import rivals
-from zeroskip.formats import pack
 from zeroskip.model import find_sites
 from zeroskip.nn import PackedLinear
+from zeroskip.planning.candidates import pack_as
 from zeroskip.planning.folding import find_foldable, fold
 from zeroskip.planning.install import put_in, weights_of
 from zeroskip.planning.siblings import fuse
@@ -71,7 +71,7 @@ def _prepacked(values: str) -> Build:
 
 
 def _ours(values: str) -> Build:
-    return lambda weight, bias: PackedLinear.from_packed(pack(weight, "dense", values), bias)
+    return lambda weight, bias: PackedLinear.from_packed(pack_as("dense", weight, values, None), bias)
 
 
 def _fused(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:

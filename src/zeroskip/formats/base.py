@@ -135,7 +135,7 @@ def value_types() -> tuple[str, ...]:
 
 def get(name: str) -> Format:
     """The format of this name; an unknown one raises ZeroskipError."""
-    if name not in _registry:
+    if not isinstance(name, str) or name not in _registry:
         raise ZeroskipError(f"unknown format {name!r}{suggest(name, _registry)}")
     return _registry[name]
 
@@ -175,9 +175,9 @@ def pack(
     group_size
         For integers: 32, 64 or 128 inputs share a scale; None means 64. The last group may be shorter.
     scales
-        For integers: ``"fp16"`` or ``"fp32"`` computes them, the largest weight of a row's group over 127 or 7. A
-        tensor [m, ceil(k / group_size)] is used exactly, so that codes of a solver (weight = code * scale) are
-        reproduced.
+        For integers: ``"fp16"`` or ``"fp32"`` computes them, the largest weight of a row's group over 127 or 7, which
+        has to fit the type. A tensor [m, ceil(k / group_size)] is used exactly, so that codes of a solver (weight =
+        code * scale) are reproduced; no weight may lie beyond the codes.
 
     Raises
     ------

@@ -99,12 +99,15 @@ def save(
 
 
 def check_new(directory: str | os.PathLike[str]) -> Path:
-    """Return where a directory of this name lies, unless there is something already."""
+    """Return where a directory of this name lies, unless there is something already, or none can be made."""
     target = Path(os.path.realpath(directory))
     if target.exists() and os.path.samefile(target, os.curdir):
         raise ZeroskipError(f"{directory}: is the directory you are in, which would be replaced; name a new one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZeroskipError(f"{directory}: exists and is not an empty directory; choose another name or remove it")
+    above = next(path for path in (target, *target.parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ZeroskipError(f"{directory}: cannot be made: {above} is no directory that can be written to")
     return target
 
 

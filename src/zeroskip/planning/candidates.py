@@ -21,7 +21,7 @@ from zeroskip.errors import ZeroskipError, suggest
 from zeroskip.formats import Packed, get, names, pack, value_types
 from zeroskip.formats.blob import check
 from zeroskip.nn import PackedLinear
-from zeroskip.quantize import LIMIT, group_of
+from zeroskip.quantize import LIMIT, fits_fp16, group_of
 
 __all__ = [
     "DENSE_FORMATS",
@@ -93,7 +93,7 @@ def check_precision(precision: str | None) -> str | None:
     if precision is None or precision in PRECISIONS:
         return precision
     hint = suggest(str(precision), PRECISIONS)
-    raise ZeroskipError(f"precision is {precision!r}: give None or what the formats store{hint}")
+    raise ZeroskipError(f"precision is {precision!r}: give {', '.join(PRECISIONS)}, or leave it out{hint}")
 
 
 def allowed_values(dtype: torch.dtype, precision: str | None, recorded: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -197,10 +197,14 @@ def format_layout(
 
 
 def pack_as(format: str, weight: Tensor, values: str, scales: Tensor | None) -> Packed:
-    """Pack `weight` [m, k], with `scales` [1, m, groups] where it is integers of this kind times them."""
+    """Pack `weight` [m, k], with `scales` [1, m, groups] where it is integers of this kind times them.
+
+    Other integers get fp32 scales where fp16 does not hold them.
+    """
     group_size = None if scales is None else group_of(weight, scales[0], values)
     if scales is None or group_size is None:
-        return pack(weight, format=format, values=values)
+        held = values not in LIMIT or fits_fp16(weight, values)
+        return pack(weight, format=format, values=values, scales="fp16" if held else "fp32")
     return pack(weight, format=format, values=values, group_size=group_size, scales=scales[0])
 
 
@@ -224,6 +228,9 @@ def packed_layout(packed: Packed, bias: Tensor | None) -> Layout:
     )
 
 
+_call_by = torch.ops.zeroskip.linear_by.default  # nothing here wants a gradient: `ops.call_by` would look
+
+
 # The product's route is module, dispatcher, op. A candidate pays for the same steps: without them it would look a few
 # microseconds better than it is, which decides small layers at one token.
 class _Forced(nn.Module):
@@ -239,7 +246,7 @@ class _Forced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self._parameters
-        y: Tensor = ops.call_by(x, own["weight"], own["bias"], self.m, 0, self.kernel)
+        y: Tensor = _call_by(x, own["weight"], own["bias"], self.m, 0, self.kernel)
         return y
 
 

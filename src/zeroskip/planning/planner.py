@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeroskip.computed import computed_layers
 from zeroskip.errors import ZeroskipError
 from zeroskip.formats import get
 from zeroskip.model import Site, every_site, select_sites
@@ -164,10 +165,10 @@ def check_weights(sites: list[Site]) -> None:
     for site in sites:
         weight = site.weight()
         if weight.device.type != "cpu":
-            raise ZeroskipError(f"{site.name}: the weight is on {weight.device}; move the model with .to('cpu') first")
+            raise ZeroskipError(f"{site.label}: the weight is on {weight.device}; move the model with .to('cpu') first")
         wide = weight.float() if weight.element_size() < 2 else weight  # torch cannot ask that of an fp8 tensor
         if not bool(torch.isfinite(wide).all()):
-            raise ZeroskipError(f"{site.name}: the weight holds NaN or Inf; repair the model first")
+            raise ZeroskipError(f"{site.label}: the weight holds NaN or Inf; repair the model first")
 
 
 def plannable(
@@ -182,6 +183,7 @@ def plannable(
     notes = [
         f"{name}: stays dense, {reason.partition(';')[0]}" for name, reason in skipped.items() if name not in tables
     ]
+    notes += [f"{name}: stays as it is, {reason}" for name, reason in computed_layers(model).items()]
     check_weights(every)
     known = {id(site.module) for site in every if (examples or {}).get(site.name) is not None}
     bound = _bound_to_parents(model, known)

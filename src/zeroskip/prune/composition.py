@@ -41,7 +41,7 @@ class Composition:
         Raises
         ------
         ZeroskipError
-            On an unknown name; it suggests the nearest.
+            On an unknown name, where it suggests the nearest, and on one given twice.
         """
         heads = [known for known in Method.known if f"{name}+".startswith(f"{known}+")]
         head = max(heads, key=len, default="")
@@ -50,6 +50,9 @@ class Composition:
         blocks = sorted((tail for tail in tails if tail in BlockSolver.known), key=_whole)
         if not head or tails != sites + blocks:
             raise ZeroskipError(f"unknown method {name!r}" + suggest(str(name), methods()))
+        twice = [tail for tail in tails if tails.count(tail) > 1]
+        if twice:
+            raise ZeroskipError(f"method {name!r} names {twice[0]!r} twice: leave one out")
         lost = [tail for tail in sites if Solver.known[tail].rounds and not Method.known[head].quantizes]
         if lost:
             raise ZeroskipError(f"method {name!r}: {lost[0]!r} moves integers, and {head!r} makes none; leave it out")

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from zeroskip.calibrate import Batch, Block, find_blocks, sites_of
+from zeroskip.computed import computed_layers
 from zeroskip.errors import ZeroskipError, suggest
-from zeroskip.model import Site, every_site, fits, select_sites
+from zeroskip.model import BARRED, Site, every_site, fits, select_sites, tied
 from zeroskip.planning.install import compiled_layers
 from zeroskip.prune.base import BlockSolver, Loss, Method, Survey
 from zeroskip.prune.recipe import Recipe
@@ -86,7 +87,7 @@ class Plan:
                 )
         if not settings and not recipe.values.get("dense"):
             raise ZeroskipError("the model has nothing to prune: the rules leave every layer dense")
-        sites = _untwinned([site for site in sites if site.name in settings], settings, skipped)
+        sites = _untwinned([site for site in sites if site.name in settings], tied(model), settings, skipped)
         free = [site.name for site in sites if site.name in free]
         for site in sites:
             settings[site.name].check(site)
@@ -164,11 +165,14 @@ class Plan:
         return found
 
 
-def _untwinned(sites: list[Site], settings: dict[str, Settings], skipped: dict[str, str]) -> list[Site]:
+def _untwinned(
+    sites: list[Site], twins: dict[int, tuple[int, ...]], settings: dict[str, Settings], skipped: dict[str, str]
+) -> list[Site]:
     """Of sites that share their weight, keep the last (a head rather than an embedding), which stands for all."""
-    last = {id(site.tensor): site for site in sites}
-    for site in sites:
-        twin = last[id(site.tensor)]
+    weights = [twins.get(id(site.tensor), (id(site.tensor),)) for site in sites]
+    last = dict(zip(weights, sites, strict=True))
+    for site, weight in zip(sites, weights, strict=True):
+        twin = last[weight]
         if twin is site:
             continue
         if settings[site.name] != settings[twin.name]:
@@ -209,7 +213,19 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
         if isinstance(site.module, nn.Embedding) and site.name in skipped and site.name not in named:
             del skipped[site.name]
     known = {site.owner for site in every}
-    skipped = {name: COMPILED for name, _ in compiled_layers(model) if name not in known} | skipped
+    compiled = {name: COMPILED for name, _ in compiled_layers(model) if name not in known}
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if any(name.startswith(tuple(lists)) for name in compiled) and not any(
+        site.name.startswith(tuple(lists)) for site in every
+    ):
+        raise ZeroskipError("the model is compiled already; prune the model it was made from")
+    skipped = compiled | computed_layers(model) | skipped
+    barred = [name for name, reason in skipped.items() if include and reason.startswith(BARRED)]
+    if not sites and barred:
+        raise ZeroskipError(
+            f"the model has nothing to prune: include names only what exclude leaves out, such as {barred[0]} "
+            f"({skipped[barred[0]]}{', the default' if exclude == ['lm_head'] else ''}); give another, '' for none"
+        )
     if not sites:
         raise ZeroskipError(
             "the model has nothing to prune: no weight is left that can be"

@@ -134,10 +134,13 @@ class Recipe:
         ZeroskipError
             One line, on anything that is unknown, of the wrong type or contradictory.
         """
+        stored = isinstance(recipe, str | os.PathLike)
         asked: Any = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else recipe
         asked = {} if recipe is None else asked
         if not isinstance(asked, Mapping):
-            raise ZeroskipError(f"recipe is a {type(asked).__name__}: give a map of entries, a file or a name")
+            where = f"recipe {recipe}" if stored else "recipe"
+            seen = "is empty" if asked is None else f"is a {type(asked).__name__}"
+            raise ZeroskipError(f"{where} {seen}: give a map of entries" + ("" if stored else ", a file or a name"))
         check_entries(asked, ENTRIES, "recipe")
         values = dict(given)
         for key in DEFAULTS:

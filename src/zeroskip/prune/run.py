@@ -13,7 +13,7 @@ from torch import nn
 
 from zeroskip.calibrate import Batch, Journal, read_batches, text_batches
 from zeroskip.errors import ZeroskipError, expect
-from zeroskip.model import unwrapped
+from zeroskip.model import tied, unwrapped
 from zeroskip.prune.allocate import Allocation, allocate, allocated
 from zeroskip.prune.base import Loss
 from zeroskip.prune.budgets import Budget, Target
@@ -118,7 +118,8 @@ def prune(
     ------
     ZeroskipError
         On anything that does not fit; all of it is checked before the first weight changes, except calibration data
-        that makes the model itself produce NaN or Inf.
+        that makes the model itself produce NaN or Inf, and a new weight that overflows fp16. The blocks before that are
+        then pruned already: nothing is put back, which would take the memory of a second model; load it anew.
 
     Examples
     --------
@@ -155,6 +156,13 @@ def prune(
     if stream and plan.whole:
         raise ZeroskipError(
             f"stream=True keeps one block in memory, and {plan.names} works on all of them at the end: leave one out"
+        )
+    twins = tied(model) if stream else {}
+    parted = [site.name for site in plan.sites if len(set(twins.get(id(site.tensor), ()))) > 1]
+    if parted:
+        raise ZeroskipError(
+            f"{parted[0]}: stream=True would part it from another Parameter on its memory: give both modules one "
+            "Parameter, or leave stream out"
         )
     batched = any(settings.composition.method.batched for settings in plan.settings.values())
     if loss is not None and not batched:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from zeroskip.prune.base import Integers, Problem, Solution
-from zeroskip.quantize import LIMIT, absmax_scales, codes_of
+from zeroskip.quantize import absmax_scales, codes_of, fits_fp16
 
 __all__ = ["group_scales", "refit_scales", "spread"]
 
@@ -35,11 +35,11 @@ def group_scales(weight: Tensor, energy: Tensor, integers: Integers) -> Tensor:
     Returns
     -------
     Tensor
-        [out, ceil(in / group_size)] fp16; fp32 where the weights are too large for it.
+        [out, ceil(in / group_size)] fp16; fp32 where the weights are too large or too small for it.
     """
-    largest = float(weight.abs().max()) / LIMIT[integers.values]
-    dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.float32
     parts = torch.split(weight, max(1, CACHED // max(1, weight.shape[1])))
+    fits = all(fits_fp16(part, integers.values, integers.group_size) for part in parts)
+    dtype = torch.float16 if fits else torch.float32
     return torch.cat([_best_scales(part, energy, integers, dtype) for part in parts])
 
 

@@ -76,18 +76,18 @@ class Settings:
         """Raise unless the site can hold the pattern, has finite weights, and inputs with the statistics needed."""
         weight = site.weight()
         if weight.is_meta:
-            raise ZeroskipError(f"{site.name}: its weight is not loaded (meta device)")
+            raise ZeroskipError(f"{site.label}: its weight is not loaded (meta device)")
         if weight.element_size() < 2:
-            raise ZeroskipError(f"{site.name}: its weight is {weight.dtype}; convert the model, such as .bfloat16()")
-        self.pattern.check(site.grid, site.name)
+            raise ZeroskipError(f"{site.label}: its weight is {weight.dtype}; convert the model, such as .bfloat16()")
+        self.pattern.check(site.grid, site.label)
         known = site.adapter.statistics
         if known is not None and not set(self.composition.needs) <= set(known):
             raise ZeroskipError(
-                f"{site.name}: method {self.composition.name!r} needs inputs that correlate, which those of "
+                f"{site.label}: method {self.composition.name!r} needs inputs that correlate, which those of "
                 f"{_article(site)} do not: take 'magnitude' or 'wanda' for it"
             )
         if not bool(torch.isfinite(weight).all()):
-            raise ZeroskipError(f"{site.name}: its weight holds NaN or Inf")
+            raise ZeroskipError(f"{site.label}: its weight holds NaN or Inf")
 
 
 def _article(site: Site) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "absmax_scales",
     "check_scales",
     "codes_of",
+    "fits_fp16",
     "group_of",
     "kinds_of",
     "quantize",
@@ -78,21 +79,23 @@ def quantize(weight: Tensor, values: str, group_size: int | None = None, scales:
     scales
         ``"fp16"`` or ``"fp32"``: computed here, the largest weight of a group over LIMIT. Or a tensor
         [m, ceil(k / group_size)], fp16, fp32 or bf16, which is used exactly: a weight that is ``code * scale`` gets
-        that code, and one beyond the codes gets the last.
+        that code.
 
     Raises
     ------
     ZeroskipError
-        Another group size, or scales of a wrong shape or type, not positive, not finite, or too large for fp16.
+        Another group size; scales of a wrong shape or type, not positive, not finite, too large or too small for fp16;
+        or a weight more than half a step beyond the codes of the scale that it is given.
     """
     if values not in LIMIT:
         raise ZeroskipError(f"unknown integer type {values!r}{suggest(values, LIMIT)}")
     group_size = 64 if group_size is None else group_size
-    if group_size not in GROUPS:
+    if not isinstance(group_size, int) or group_size not in GROUPS:
         raise ZeroskipError(f"group_size is {group_size!r}: one scale serves 32, 64 or 128 inputs")
     if isinstance(scales, Tensor):
         scales = check_scales(scales, weight.shape[0], -(-weight.shape[1] // group_size), group_size)
-    elif scales in SCALES:
+        _check_reach(weight, scales, values, group_size)
+    elif isinstance(scales, str) and scales in SCALES:
         scales = absmax_scales(weight, values, group_size, SCALES[scales])
     else:
         raise ZeroskipError(f"scales is {scales!r}: give a tensor or one of 'fp16', 'fp32'")
@@ -102,21 +105,40 @@ def quantize(weight: Tensor, values: str, group_size: int | None = None, scales:
 def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dtype = torch.float16) -> Tensor:
     """Return scales [m, ceil(k / group_size)] under which the largest weight of each group is the code LIMIT.
 
-    A group of zeros gets 1. A scale that its type rounds so far down that the largest weight would lie half a step
-    beyond LIMIT (only subnormal scales are that coarse) is rounded up instead.
+    A group of zeros gets 1. A subnormal fp32 scale that is rounded so far down that the largest weight would lie half a
+    step beyond LIMIT is rounded up instead; fp16 scales that are so far off are refused.
     """
-    m, k = weight.shape
-    limit = LIMIT[values]
-    largest = pad(weight.abs().float(), (0, -k % group_size)).view(m, -1, group_size).amax(2)
-    scales = (largest / limit).to(dtype)
-    short = largest >= scales.float() * (limit + 0.5)
-    bits = scales.view(torch.int16 if dtype == torch.float16 else torch.int32)
-    scales = torch.where(short, bits + 1, bits).view(dtype)
-    if not bool(torch.isfinite(scales).all()):
-        raise ZeroskipError(
-            f"the largest weight is {float(largest.max()):.3g}, too large for fp16 scales: use scales='fp32'"
-        )
+    limit, largest = LIMIT[values], _largest(weight, group_size)
+    if dtype == torch.float16:
+        lost = largest[_lost_in_fp16(largest / limit)]
+        if len(lost):
+            kind = "large" if lost.max() / limit > 1 else "small"
+            most = float(lost.max())
+            raise ZeroskipError(
+                f"the largest weight of a group is {most:.3g}, too {kind} for fp16 scales: use scales='fp32'"
+            )
+        scales = (largest / limit).half()
+    else:
+        bits = (largest / limit).view(torch.int32)
+        short = largest >= bits.view(dtype) * (limit + 0.5)
+        scales = torch.where(short, bits + 1, bits).view(dtype)
     return torch.where(largest > 0, scales, torch.ones_like(scales))
+
+
+def fits_fp16(weight: Tensor, values: str, group_size: int | None = None) -> bool:
+    """Return whether fp16 holds the scales of `absmax_scales`."""
+    return not bool(_lost_in_fp16(_largest(weight, group_size or 64) / LIMIT[values]).any())
+
+
+def _largest(weight: Tensor, group_size: int) -> Tensor:
+    """[m, k] -> fp32 [m, ceil(k / group_size)], the largest magnitude of each group."""
+    m, k = weight.shape
+    return pad(weight.abs().float(), (0, -k % group_size)).view(m, -1, group_size).amax(2)
+
+
+def _lost_in_fp16(scales: Tensor) -> Tensor:
+    """Return which fp32 scales fp16 rounds by more than 1/256, half a step of the largest code: too large or small."""
+    return (scales.half().float() - scales).abs() > scales / 256
 
 
 def check_scales(scales: Tensor, m: int, groups: int, group_size: int) -> Tensor:
@@ -132,6 +154,20 @@ def check_scales(scales: Tensor, m: int, groups: int, group_size: int) -> Tensor
     if not bool((torch.isfinite(scales) & (scales > 0)).all()):
         raise ZeroskipError("a scale is zero, negative or not finite: give a group of zeros any positive scale")
     return scales.detach().contiguous()
+
+
+def _check_reach(weight: Tensor, scales: Tensor, values: str, group_size: int) -> None:
+    """Raise where a weight lies beyond the codes of its scale, by more than half a step and what bf16 rounds."""
+    steps = weight.float() / _spread(scales, group_size, weight.shape[1])
+    least, most = (code * (1 + 1 / 256) + half for code, half in ((LEAST[values], -0.5), (LIMIT[values], 0.5)))
+    beyond = (steps < least) | (steps > most)
+    if bool(beyond.any()):
+        row, column = (int(at) for at in beyond.nonzero()[0])
+        group = column // group_size
+        raise ZeroskipError(
+            f"row {row}, group {group}: weight {float(weight[row, column]):.3g} lies beyond the {values} codes of its "
+            f"scale {float(scales[row, group]):.3g}: give a larger scale"
+        )
 
 
 def codes_of(weight: Tensor, scales: Tensor, values: str, group_size: int) -> Tensor:

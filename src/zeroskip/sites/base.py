@@ -157,8 +157,13 @@ class Site:
     def adapter(self) -> type[Adapter]:
         kind = adapter_of(self.module)
         if kind is None:
-            raise ZeroskipError(f"{self.name}: a {type(self.module).__name__} is not a site")
+            raise ZeroskipError(f"{self.label}: a {type(self.module).__name__} is not a site")
         return kind
+
+    @property
+    def label(self) -> str:
+        """What messages call it: a model that is one layer has no name."""
+        return self.name or "the model"
 
     @property
     def child(self) -> str:
@@ -243,7 +248,7 @@ class Site:
         new = weight.to(old.dtype) + 0.0  # -0.0 + 0.0 is +0.0: sparse kernels elsewhere read -0.0 as a value
         if not bool(torch.isfinite(new).all()):
             raise ZeroskipError(
-                f"{self.name}: a new weight overflows {old.dtype}; load the model in float32 or bfloat16"
+                f"{self.label}: a new weight overflows {old.dtype}; load the model in float32 or bfloat16"
             )
         with torch.no_grad():
             old.copy_(self.adapter.back(self.module, self.parameter, new))

@@ -88,6 +88,8 @@ def solve(budget: Budget, target: Target, cost: Cost, free: Sequence[Item], fixe
             f"target: {target.unit} {_said(target)} is out of reach: with at most {most:g} zeros in a layer "
             f"{lowest + rest:.6g} is left, and {wanted + rest:.6g} is asked for"
         )
+    if target.unit != "sparsity" and zeros_wanted is not None and wanted + rest > dense + slack:
+        raise ZeroskipError(f"target: {target.unit} {_said(target)} is more than the dense model has, {dense:.6g}")
     if zeros_wanted is not None and zeros_wanted < 0:
         raise ZeroskipError(f"target: {target.unit} {_said(target)} is met with fewer zeros than rules ask for")
     shares = at(0.0)

@@ -67,6 +67,8 @@ class Target:
             raise ZeroskipError(f"target: sparsity is {amount!r}: give a fraction of zeros in [0, 1)")
         if value <= 0 and unit != "sparsity":
             raise ZeroskipError(f"target: {unit} is {amount!r}: give more than 0")
+        if relative and value > 1:
+            raise ZeroskipError(f"target: {unit} is {amount!r}: more than the dense model has; give up to '100%'")
         options = {key: value for key, value in given.items() if key != unit}
         target = Target(unit, value, relative, options)
         target.cost()  # reads the options
