@@ -168,6 +168,15 @@ def test_pack_refuses(arguments: dict[str, object], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("values", LIMIT)
+def test_a_small_group_among_others_keeps_fp16_scales(values: str) -> None:
+    weight = random(128, 65) * 0.02  # the last group of a row is one weight, as small as any
+    weight[5, 64], weight[6, 64] = 1e-9, -3e-7
+    packed = zs.pack(weight, "dense", values)
+    assert packed.scales is not None and packed.scales.dtype == torch.float16 and bool((packed.scales > 0).all())
+    assert ((zs.unpack(packed) - weight).abs() <= spread(packed.scales, 64, 65) * 0.5001).all()
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e9])
 @pytest.mark.parametrize("values", LIMIT)
 def test_no_weight_is_too_small_or_large_for_pruning_and_compilation(values: str, size: float) -> None:

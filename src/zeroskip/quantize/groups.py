@@ -36,6 +36,7 @@ LIMIT = {"int8": 127, "int4": 7}  # the largest code
 LEAST = {"int8": -128, "int4": -8}  # the smallest code that can be stored
 GROUPS = (32, 64, 128)  # inputs that share a scale; the last group of a row may be shorter
 SCALES = {"fp16": torch.float16, "fp32": torch.float32}
+LEAST_FP16 = 2.0**-17  # below, fp16 rounds a scale by more than 1/256, half a step of the largest code of int8
 PASS = 1 << 17  # weights that are looked at together
 
 
@@ -105,40 +106,32 @@ def quantize(weight: Tensor, values: str, group_size: int | None = None, scales:
 def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dtype = torch.float16) -> Tensor:
     """Return scales [m, ceil(k / group_size)] under which the largest weight of each group is the code LIMIT.
 
-    A group of zeros gets 1. A subnormal fp32 scale that is rounded so far down that the largest weight would lie half a
-    step beyond LIMIT is rounded up instead; fp16 scales that are so far off are refused.
+    A group of zeros gets 1. A scale that its type rounds so far down that the largest weight would lie half a step
+    beyond LIMIT (only subnormal scales are that coarse) is rounded up instead. A matrix all of whose scales fp16 would
+    round so is refused; in others such groups are too small to matter.
     """
     limit, largest = LIMIT[values], _largest(weight, group_size)
-    if dtype == torch.float16:
-        lost = largest[_lost_in_fp16(largest / limit)]
-        if len(lost):
-            kind = "large" if lost.max() / limit > 1 else "small"
-            most = float(lost.max())
-            raise ZeroskipError(
-                f"the largest weight of a group is {most:.3g}, too {kind} for fp16 scales: use scales='fp32'"
-            )
-        scales = (largest / limit).half()
-    else:
-        bits = (largest / limit).view(torch.int32)
-        short = largest >= bits.view(dtype) * (limit + 0.5)
-        scales = torch.where(short, bits + 1, bits).view(dtype)
+    if dtype == torch.float16 and not fits_fp16(weight, values, group_size):
+        most = float(largest.max())
+        kind = "large" if most > 1 else "small"
+        raise ZeroskipError(f"the largest weight is {most:.3g}, too {kind} for fp16 scales: use scales='fp32'")
+    scales = (largest / limit).to(dtype)
+    short = largest >= scales.float() * (limit + 0.5)
+    bits = scales.view(torch.int16 if dtype == torch.float16 else torch.int32)
+    scales = torch.where(short, bits + 1, bits).view(dtype)
     return torch.where(largest > 0, scales, torch.ones_like(scales))
 
 
 def fits_fp16(weight: Tensor, values: str, group_size: int | None = None) -> bool:
-    """Return whether fp16 holds the scales of `absmax_scales`."""
-    return not bool(_lost_in_fp16(_largest(weight, group_size or 64) / LIMIT[values]).any())
+    """Return whether fp16 holds the scales of `absmax_scales`: none too large, and the largest not too small."""
+    most = _largest(weight, group_size or 64).max() / LIMIT[values] if weight.numel() else torch.zeros(())
+    return bool(torch.isfinite(most.half())) and not 0 < float(most) < LEAST_FP16
 
 
 def _largest(weight: Tensor, group_size: int) -> Tensor:
     """[m, k] -> fp32 [m, ceil(k / group_size)], the largest magnitude of each group."""
     m, k = weight.shape
     return pad(weight.abs().float(), (0, -k % group_size)).view(m, -1, group_size).amax(2)
-
-
-def _lost_in_fp16(scales: Tensor) -> Tensor:
-    """Return which fp32 scales fp16 rounds by more than 1/256, half a step of the largest code: too large or small."""
-    return (scales.half().float() - scales).abs() > scales / 256
 
 
 def check_scales(scales: Tensor, m: int, groups: int, group_size: int) -> Tensor:
