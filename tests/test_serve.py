@@ -4,6 +4,7 @@ import base64
 import json
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -269,6 +270,23 @@ def test_a_process_finishes_what_runs_when_it_is_told_to_stop(endless):
         process.send_signal(signal.SIGTERM)
         chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and out == "stopped\n" and errors == ""
+    finally:
+        process.kill()
+
+
+def test_a_second_interrupt_ends_what_runs(endless):
+    process = zeroskip_process("serve", endless, "--port", 0, "--cache-mb", 16)
+    try:
+        url = process.stdout.readline().split()[2].rstrip(",")
+        process.stdout.readline()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model="endless", prompt="a", max_tokens=2000, temperature=0, stream=True)
+        next(iter(stream))
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
         out, errors = process.communicate(timeout=60)
         assert process.returncode == 0 and out == "stopped\n" and errors == ""
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -47,6 +49,7 @@ def serve(settings: Settings, listening: Callable[[str], None], loaded: Callable
     with listen(settings.host, settings.port) as bound:
         app = create_app(settings, failed=failed, loaded=ready)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        logging.getLogger("uvicorn.error").addFilter(_unless_cancelled)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         listening(f"http://{host}:{bound.getsockname()[1]}")
         try:
@@ -73,6 +76,12 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = error.strerror or error
         raise ZeroskipError(f"cannot listen on {host}:{port}: {why}; choose another --port or --host") from None
+
+
+def _unless_cancelled(record: logging.LogRecord) -> bool:
+    """Leave out that the second SIGINT ended a request, or the wait for them, which is what it is for."""
+    told = record.getMessage() if record.exc_info is None else type(record.exc_info[1]).__name__
+    return not told.rstrip().endswith(asyncio.CancelledError.__name__)
 
 
 @contextmanager
