@@ -45,7 +45,7 @@ def test_rounding_is_to_the_nearest_code(
 ) -> None:
     weight = random(m, k, seed=seed) * 2.0**power
     weight[random(m, k, seed=seed + 1) < 0] = 0
-    if kind == "fp16" and not fits_fp16(weight, values, group):
+    if kind == "fp16" and not fits_fp16(weight, values):
         with pytest.raises(zs.ZeroskipError, match="too small for fp16 scales"):
             quantize(weight, values, group, kind)
         return
@@ -154,7 +154,7 @@ def test_layout_of_dense(values: str) -> None:
         ({"scales": torch.full((8, 2), torch.nan)}, "zero, negative or not finite"),
         ({"weight": torch.full((8, 100), 1e9)}, "use scales='fp32'"),
         ({"weight": torch.full((8, 100), 1e-7)}, "too small for fp16 scales: use scales='fp32'"),
-        ({"scales": torch.full((8, 2), 0.1)}, "row 0, group 0: weight 1 lies beyond the int4 codes of its scale 0.1"),
+        ({"scales": torch.full((8, 2), 0.01)}, "row 0, group 0: weight 1 lies beyond the int4 codes of its scale 0.01"),
         ({"format": ["dense"]}, r"unknown format \['dense'\]"),
         ({"group_size": 64.0}, r"group_size is 64\.0"),
         ({"scales": ["fp16"]}, r"scales is \['fp16'\]: give a tensor"),
@@ -166,6 +166,15 @@ def test_pack_refuses(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(zs.ZeroskipError, match=message) as caught:
         zs.pack(**{"weight": torch.ones(8, 100), "format": "dense", "values": "int4", **arguments})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", LIMIT)
+def test_scales_may_clip(values: str) -> None:
+    weight = random(8, 64)
+    scales = 0.8 * weight.abs().amax(1, keepdim=True) / LIMIT[values]
+    packed = zs.pack(weight, "dense", values, scales=scales, group_size=64)
+    assert packed.codes is not None
+    assert {int(packed.codes.min()), int(packed.codes.max())} & {LEAST[values], LIMIT[values]}
 
 
 @pytest.mark.parametrize("values", LIMIT)

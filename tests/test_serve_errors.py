@@ -1,5 +1,7 @@
 """What a request may do to the others and to the server: nothing. And what it is told is about the field it sent."""
 
+import threading
+
 import httpx2 as httpx
 import pytest
 from cli_models import write_endless
@@ -49,6 +51,22 @@ def test_a_body_that_is_sent_as_something_else(kind, server):
     headers = {} if kind is None else {"Content-Type": kind}
     error = server.post("/v1/completions", content=b'{"model":"endless","prompt":"a"}', headers=headers).json()["error"]
     assert "Content-Type: application/json" in error["message"] and (kind or "nothing") in error["message"]
+
+
+def test_a_server_that_is_stopped_while_it_loads_ends(tmp_path):
+    from zeroskip.serve.room import Room
+
+    write_endless(tmp_path / "endless")
+    go, made = threading.Event(), []
+
+    def slowly(settings):
+        go.wait(60)
+        made.append(Room.load(settings))
+        return made[0]
+
+    with serving(tmp_path / "endless", wait=False, load=slowly, cache_mb=16):
+        threading.Timer(0.5, go.set).start()
+    assert not made[0].alive
 
 
 def test_a_server_whose_engine_has_stopped_ends(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from zeroskip.sites import sites_in
@@ -27,6 +28,8 @@ def _reason(module: nn.Module) -> str | None:
         return "its weight is masked at each call; call torch.nn.utils.prune.remove on it first"
     if any(isinstance(hook, WeightNorm) for hook in hooks):
         return "its weight is normed at each call; call torch.nn.utils.remove_weight_norm on it first"
+    if any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return "its weight is normed at each call; call torch.nn.utils.remove_spectral_norm on it first"
     if isinstance(module, KINDS) and parametrize.is_parametrized(module):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first"
     theirs = type(module).__module__.startswith("torch.ao.nn.quantized.")

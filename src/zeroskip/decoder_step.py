@@ -44,7 +44,9 @@ class Found(NamedTuple):
         """Return whether they are there yet: nobody has replaced, moved or cast one."""
         for owner, name, tensor, address, dtype in self.seen:
             now = owner[name]
-            if now is not tensor or (now is not None and (now.data_ptr() != address or now.dtype is not dtype)):
+            if now is not tensor:
+                return False
+            if now is not None and (now.data_ptr() != address or now.dtype is not dtype or not now.is_contiguous()):
                 return False
         return True
 

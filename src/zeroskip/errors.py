@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 from types import UnionType
 
 __all__ = ["ZeroskipError", "expect", "expect_seconds", "first_line", "suggest"]
@@ -22,7 +23,7 @@ def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
 
 def expect_seconds(name: str, value: float) -> None:
     """Raise unless `value` is a time to spend."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ZeroskipError(f"{name} is {value!r}: give seconds above 0")
 
 

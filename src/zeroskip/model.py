@@ -60,10 +60,11 @@ def select_sites(
 ) -> tuple[list[Site], dict[str, str]]:
     """As `find_sites`, with the reason for every site that was named out: ({sites}, {name: reason})."""
     expect("model", model, nn.Module, "an nn.Module")
-    wanted, unwanted = site_patterns("include", include), site_patterns("exclude", exclude)
+    wanted = site_patterns("include", include)
+    unwanted = tuple(pattern for pattern in site_patterns("exclude", exclude) if pattern)
     every = every_site(model)
     names = [site.name for site in every]
-    for what, patterns in (("include", wanted), ("exclude", (p for p in unwanted if p not in ("lm_head", "")))):
+    for what, patterns in (("include", wanted), ("exclude", (p for p in unwanted if p != "lm_head"))):
         for pattern in patterns:
             if not any(fits(pattern, name) for name in names):
                 raise ZeroskipError(f"{what} {pattern!r} names no site" + suggest(pattern, names))

@@ -84,7 +84,8 @@ def fp32_bias(bias: Tensor, m: int) -> Tensor:
 def register(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
     """Define an op for CPU tensors and return what calls it; finding its overload anew would cost half a microsecond.
 
-    Going back through a call for a gradient raises; torch alone would only warn, and leave the gradient out.
+    Going back through an eager call for a gradient raises; torch alone would only warn, and leave the gradient out, as
+    it does under torch.compile and torch.func.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 //
 // buffer   type   shape                   alignment
 // panel           x quantised, see panel/integers.h
-//          u8     [tokens]                64: was there an Inf or NaN?
+//          u8     [tokens]                was there an Inf or NaN?
 // scratch  u8     [k/4 or k/8][16][4]     64: the codes of 16 rows as a `dense` blob has them, k padded to 128
 //          fp32   [groups][16]            64: their scales
 //
@@ -15,8 +15,8 @@
 // and .94 times at 16 and 128 tokens, int8 .86 and .97, where integers.h has .27, .24 and .36, .25; with AVX2 int4 .62
 // and .85 at 16 and 64, int8 .74 and .90, where that has .46 and .77.
 //
-// The sums are those of dense integers, to the bit, but not those of integers.h. So this is an entry of its own: where
-// each row shall have the same bits in every batch, only one of the two may serve (planning/rows.py).
+// The sums of finite x are those of dense integers, to the bit, but not those of integers.h. So this is an entry of its
+// own: where each row shall have the same bits in every batch, only one of the two may serve (planning/rows.py).
 //
 // 16 rows are 16 streams, too many to be fetched by the machine's own guess: what a row takes from the stream is
 // fetched from where the next panel's will be, one panel's bytes ahead (1.33 times as fast from memory). As many lines

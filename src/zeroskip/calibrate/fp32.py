@@ -35,30 +35,50 @@ def in_fp32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_fp32_by_parts(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in fp32 with the half-precision numbers of one module at a time, so that mapped ones stay.
+    """Let a model compute in fp32 with the half-precision numbers of one part at a time, so that mapped ones stay.
 
-    What comes out is what `model.float()` gives.
+    A part is an item of a list of modules with all that is in it, for some use numbers of modules that they never call;
+    or a module outside of them. What comes out is what `model.float()` gives, unless a part reads another one's type.
     """
-    held: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    held: list[list[tuple[Tensor, Tensor]]] = []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        own = [*module._parameters.values(), *module._buffers.values()]
-        held[module] = [(each, each.data) for each in own if each is not None and each.dtype in HALF]
-        for each, data in held[module]:
-            each.data = data.float()
-        return tree_map(to_fp32, (args, kwargs)) if held[module] else None
+    def shown(tensors: list[Tensor]) -> tuple[Any, Any]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            held.append([(each, each.data) for each in tensors if each.dtype in HALF])
+            for each, data in held[-1]:
+                each.data = data.float()
+            return tree_map(to_fp32, (args, kwargs)) if held[-1] else None
 
-    def after(module: nn.Module, *_: Any) -> None:
-        for each, data in held.pop(module):
-            each.data = data
+        def after(module: nn.Module, *_: Any) -> None:
+            for each, data in held.pop():
+                each.data = data
 
-    hooks: list[Any] = [part.register_forward_pre_hook(before, with_kwargs=True) for part in model.modules()]
-    hooks += [part.register_forward_hook(after, always_call=True) for part in model.modules()]
+        return before, after
+
+    hooks: list[Any] = []
     try:
+        for part, tensors in _parts(model):
+            before, after = shown(tensors)
+            hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(part.register_forward_hook(after, always_call=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside:
+            continue
+        if isinstance(module, nn.ModuleList):
+            for item in module:
+                inside.update(item.modules())
+                yield item, [*item.parameters(), *item.buffers()]
+        else:
+            own = [*module._parameters.values(), *module._buffers.values()]
+            yield module, [each for each in own if each is not None]
 
 
 class Wide:

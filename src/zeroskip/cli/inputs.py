@@ -27,11 +27,12 @@ def check_text(option: str, path: Path | None) -> None:
     """Find out before a model is loaded, not after it, that a file holds no text."""
     if path is None:
         return
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ZeroskipError(f"{option} {path}: no such file")
-    from zeroskip.calibrate import strings_of
+    if path.is_file():  # a pipe is read once, later
+        from zeroskip.calibrate import strings_of
 
-    strings_of(path)
+        strings_of(path)
 
 
 def read_inputs(path: Path | None, model: nn.Module) -> Any:

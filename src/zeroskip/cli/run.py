@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,7 +61,8 @@ def run(
         if spoken.stopped:
             raise KeyboardInterrupt
         return
-    if getattr(network.config, "is_encoder_decoder", False):
+    theirs: Any = network
+    if getattr(theirs.config, "is_encoder_decoder", False) and theirs.can_generate():
         kind = type(network).__name__
         raise ZeroskipError(f"{model}: a {kind} has an encoder and a decoder; causal language models and encoders run")
     if prompt is not None:

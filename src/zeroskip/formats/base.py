@@ -177,7 +177,7 @@ def pack(
     scales
         For integers: ``"fp16"`` or ``"fp32"`` computes them, the largest weight of a row's group over 127 or 7, which
         has to fit the type. A tensor [m, ceil(k / group_size)] is used exactly, so that codes of a solver (weight =
-        code * scale) are reproduced; no weight may lie beyond the codes.
+        code * scale) are reproduced; a weight beyond the codes gets the last, at most half of it.
 
     Raises
     ------

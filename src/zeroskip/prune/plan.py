@@ -215,8 +215,10 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
     known = {site.owner for site in every}
     compiled = {name: COMPILED for name, _ in compiled_layers(model) if name not in known}
     lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if any(name.startswith(tuple(lists)) for name in compiled) and not any(
-        site.name.startswith(tuple(lists)) for site in every
+    if (
+        not include
+        and any(name.startswith(tuple(lists)) for name in compiled)
+        and not any(site.name.startswith(tuple(lists)) for site in every)
     ):
         raise ZeroskipError("the model is compiled already; prune the model it was made from")
     skipped = compiled | computed_layers(model) | skipped

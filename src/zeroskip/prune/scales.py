@@ -38,8 +38,7 @@ def group_scales(weight: Tensor, energy: Tensor, integers: Integers) -> Tensor:
         [out, ceil(in / group_size)] fp16; fp32 where the weights are too large or too small for it.
     """
     parts = torch.split(weight, max(1, CACHED // max(1, weight.shape[1])))
-    fits = all(fits_fp16(part, integers.values, integers.group_size) for part in parts)
-    dtype = torch.float16 if fits else torch.float32
+    dtype = torch.float16 if fits_fp16(weight, integers.values) else torch.float32
     return torch.cat([_best_scales(part, energy, integers, dtype) for part in parts])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -80,18 +81,18 @@ def quantize(weight: Tensor, values: str, group_size: int | None = None, scales:
     scales
         ``"fp16"`` or ``"fp32"``: computed here, the largest weight of a group over LIMIT. Or a tensor
         [m, ceil(k / group_size)], fp16, fp32 or bf16, which is used exactly: a weight that is ``code * scale`` gets
-        that code.
+        that code, and one beyond the codes the last.
 
     Raises
     ------
     ZeroskipError
         Another group size; scales of a wrong shape or type, not positive, not finite, too large or too small for fp16;
-        or a weight more than half a step beyond the codes of the scale that it is given.
+        or a weight more than twice as large as the codes of its given scale reach.
     """
     if values not in LIMIT:
         raise ZeroskipError(f"unknown integer type {values!r}{suggest(values, LIMIT)}")
     group_size = 64 if group_size is None else group_size
-    if not isinstance(group_size, int) or group_size not in GROUPS:
+    if not isinstance(group_size, Integral) or group_size not in GROUPS:
         raise ZeroskipError(f"group_size is {group_size!r}: one scale serves 32, 64 or 128 inputs")
     if isinstance(scales, Tensor):
         scales = check_scales(scales, weight.shape[0], -(-weight.shape[1] // group_size), group_size)
@@ -111,7 +112,7 @@ def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dty
     round so is refused; in others such groups are too small to matter.
     """
     limit, largest = LIMIT[values], _largest(weight, group_size)
-    if dtype == torch.float16 and not fits_fp16(weight, values, group_size):
+    if dtype == torch.float16 and not fits_fp16(weight, values):
         most = float(largest.max())
         kind = "large" if most > 1 else "small"
         raise ZeroskipError(f"the largest weight is {most:.3g}, too {kind} for fp16 scales: use scales='fp32'")
@@ -122,9 +123,9 @@ def absmax_scales(weight: Tensor, values: str, group_size: int, dtype: torch.dty
     return torch.where(largest > 0, scales, torch.ones_like(scales))
 
 
-def fits_fp16(weight: Tensor, values: str, group_size: int | None = None) -> bool:
+def fits_fp16(weight: Tensor, values: str) -> bool:
     """Return whether fp16 holds the scales of `absmax_scales`: none too large, and the largest not too small."""
-    most = _largest(weight, group_size or 64).max() / LIMIT[values] if weight.numel() else torch.zeros(())
+    most = weight.abs().max().float() / LIMIT[values] if weight.numel() else torch.zeros(())
     return bool(torch.isfinite(most.half())) and not 0 < float(most) < LEAST_FP16
 
 
@@ -150,10 +151,9 @@ def check_scales(scales: Tensor, m: int, groups: int, group_size: int) -> Tensor
 
 
 def _check_reach(weight: Tensor, scales: Tensor, values: str, group_size: int) -> None:
-    """Raise where a weight lies beyond the codes of its scale, by more than half a step and what bf16 rounds."""
+    """Raise where a weight is more than twice as large as the codes of its scale reach: clipping is not so hard."""
     steps = weight.float() / _spread(scales, group_size, weight.shape[1])
-    least, most = (code * (1 + 1 / 256) + half for code, half in ((LEAST[values], -0.5), (LIMIT[values], 0.5)))
-    beyond = (steps < least) | (steps > most)
+    beyond = (steps < 2 * LEAST[values]) | (steps > 2 * LIMIT[values])
     if bool(beyond.any()):
         row, column = (int(at) for at in beyond.nonzero()[0])
         group = column // group_size

@@ -57,7 +57,7 @@ def create_app(
             loaded(app.state.room)
 
         async def watch() -> None:
-            await loading
+            await asyncio.wait([loading])  # awaited itself, it would be cancelled with this
             while (room := app.state.room) is not None and room.alive:
                 await asyncio.sleep(LOOK_S)
             if app.state.problem is None:

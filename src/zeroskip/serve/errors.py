@@ -109,7 +109,9 @@ def install(app: FastAPI, forms: Mapping[str, str]) -> None:
             )
         either = next((index for index, part in enumerate(place) if part in forms and kind != "missing"), None)
         if either is not None:
-            what, place = f"give {forms[place[either]]}, in valid Unicode", place[: either + 1]
+            if str(kind).endswith(("_type", "_unicode")):
+                what = f"give {forms[place[either]]}, in valid Unicode"
+            place = place[: either + 1]
         param = ".".join(place) or None
         return ApiError(400, what if param is None else f"{param}: {what}", param=param).response()
 
