@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zeroskip as zs
 from zeroskip import _core, ops
-from zeroskip.conv_ops import convolve
 from zeroskip.formats.base import names
 from zeroskip.native import is_plain
-from zeroskip.nn import PackedLinear, Siblings
+from zeroskip.nn import PackedLinear
 
 each_format = pytest.mark.parametrize("name", names())
 M, K = 37, 64
@@ -246,27 +245,6 @@ def test_the_dispatcher_is_left_out_only_where_nothing_looks() -> None:
     assert not is_plain(torch._neg_view(x)), "its numbers are not those in memory"
     with forward_ad.dual_level():
         assert not is_plain(x), "a tangent may come along"
-
-
-@pytest.mark.parametrize("what", ["function", "bias", "layer", "siblings", "convolution"])
-def test_a_gradient_is_refused_in_one_line_and_nothing_else_is(what: str) -> None:
-    packed = zs.pack(weight_of("csr"), "csr")
-    layer, x = PackedLinear.from_packed(packed), random(3, K).requires_grad_()
-    if what == "siblings":
-        Siblings([layer, PackedLinear.from_packed(packed)]).join()
-    y = {
-        "function": lambda: zs.linear(packed, x),
-        "bias": lambda: zs.linear(packed, x.detach(), torch.zeros(M).requires_grad_()),
-        "layer": lambda: layer(x),
-        "siblings": lambda: layer(x),
-        "convolution": lambda: convolve(x.view(3, 1, K), packed.blob, None, M, [1, 1, 1, 0]).view(3, M),
-    }[what]()
-    assert torch.equal(y, zs.linear(packed, x.detach()))
-    with pytest.raises(zs.ZeroskipError, match=r"a packed layer has no gradient: .* torch\.no_grad\(\)$"):
-        y.sum().backward()
-    head = nn.Linear(M, 1)
-    head(layer(x.detach())).sum().backward()
-    assert head.weight.grad is not None
 
 
 @each_format

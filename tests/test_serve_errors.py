@@ -2,10 +2,11 @@
 
 import threading
 
-import httpx2 as httpx
 import pytest
 from cli_models import write_endless
-from serving import serving, wait_until
+from serving import httpx, serving, wait_until
+
+openai = pytest.importorskip("openai")
 
 SENT_AS_FORM = "application/x-www-form-urlencoded"
 
@@ -76,3 +77,39 @@ def test_a_server_whose_engine_has_stopped_ends(tmp_path):
         made.room.engine._manager.stop(block=True, hard_stop=True)
         wait_until(lambda: told, "the server is told")
         assert "engine has stopped" in str(told[0])
+
+
+ERRORS = {
+    "unknown model": ({"model": "gpt-9", "prompt": "a"}, openai.NotFoundError, "model_not_found", "gpt-9"),
+    "oversized prompt": ({"prompt": "a " * 3000}, openai.BadRequestError, "context_length_exceeded", "3000"),
+    "oversized answer": (
+        {"prompt": "a", "max_tokens": 3000},
+        openai.BadRequestError,
+        "context_length_exceeded",
+        "3000",
+    ),
+    "no prompt": ({"prompt": ""}, openai.BadRequestError, None, "no token"),
+    "no prompts": ({"prompt": []}, openai.BadRequestError, None, "empty list"),
+    "unknown token": ({"prompt": [70000]}, openai.BadRequestError, None, "70000"),
+    "temperature": ({"prompt": "a", "temperature": 3}, openai.BadRequestError, None, "temperature"),
+    "not served": ({"prompt": "a", "logprobs": 3}, openai.BadRequestError, "unsupported_parameter", "logprobs"),
+    "tokens' chances": ({"prompt": "a", "logprobs": 1}, openai.BadRequestError, "unsupported_parameter", "logprobs"),
+    "the prompt again": ({"prompt": "a", "echo": True}, openai.BadRequestError, "unsupported_parameter", "echo"),
+    "too many": ({"prompt": ["a"] * 60, "n": 16}, openai.BadRequestError, None, "960"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_openais(case, server):
+    asked, kind, code, said = ERRORS[case]
+    with pytest.raises(kind) as caught:
+        server.client().completions.create(**{"model": "endless", "temperature": 0} | asked)
+    error = caught.value
+    assert error.code == code and said in error.body["message"] and error.body["type"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "embeddings"])
+def test_bad_json_and_wrong_kinds(path, server):
+    for body in (b"{", b"[]", b"", b"\xff", b'{"model": 5}'):
+        answer = server.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", body

@@ -8,19 +8,21 @@
 //
 // integers.h expands every weight anew for each 8 tokens and adds lanes up for each token apart: good for few, but
 // every further token costs 4 to 5 cycles for 128 weights. Here it is one, as with dense, and expanding happens once a
-// pass. To expand 16 x 64 codes and turn them into fours of inputs takes 130 cycles with AVX-512 (weights in L2), as
-// much as the products with 16 tokens: expansions, masks and shuffles all want one port, 16 operations for 128 weights
-// of a row. So by that count it is half as fast as dense at 16 tokens, .8 times at 64, .9 at 128. Measured at 50 %,
-// 2048 x 2048, weights from memory, of which dense reads more, one thread (Xeon with AVX-512, no AMX): int4 .62 to .68
-// and .94 times at 16 and 128 tokens, int8 .86 and .97, where integers.h has .27, .24 and .36, .25; with AVX2 int4 .62
-// and .85 at 16 and 64, int8 .74 and .90, where that has .46 and .77.
+// pass. To expand 16 x 64 codes and turn them into fours of inputs takes some 130 cycles with AVX-512 (weights in L2,
+// by a harness outside of this repository), as much as the products with 16 tokens: expansions, masks and shuffles all
+// want one port, 16 operations for 128 weights of a row. So by that count it is half as fast as dense at 16 tokens, .8
+// times at 64, .9 at 128. `zeroskip bench kernels --suite llm` at 50 %, one thread (Xeon with AVX-512, no AMX; the
+// table is in docs/performance.md): int4 .58 and .92 times at 16 and 128 tokens, int8 .73 and .98; before this file
+// .25, .23 and .31, .26. There with `ZEROSKIP_ISA=avx2` and `--suite synthetic --tokens 16,128`, 2048 x 2048: int4 .63
+// and .93, int8 .81 (still by integers.h) and .96.
 //
 // The sums of finite x are those of dense integers, to the bit, but not those of integers.h. So this is an entry of its
 // own: where each row shall have the same bits in every batch, only one of the two may serve (planning/rows.py).
 //
 // 16 rows are 16 streams, too many to be fetched by the machine's own guess: what a row takes from the stream is
-// fetched from where the next panel's will be, one panel's bytes ahead (1.33 times as fast from memory). As many lines
-// each time: as many as were read, one or two, was 1.4 times slower, for nobody can guess which.
+// fetched from where the next panel's will be, one panel's bytes ahead (1.33 times as fast from memory, by that
+// harness). As many lines each time: as many as were read, one or two, was 1.4 times slower, for nobody can guess
+// which.
 #pragma once
 #include "kernels/spmm_bitmask/integers.h"
 #include "panel/integers.h"

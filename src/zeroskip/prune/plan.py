@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,13 +214,8 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
             del skipped[site.name]
     known = {site.owner for site in every}
     compiled = {name: COMPILED for name, _ in compiled_layers(model) if name not in known}
-    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if (
-        not include
-        and any(name.startswith(tuple(lists)) for name in compiled)
-        and not any(site.name.startswith(tuple(lists)) for site in every)
-    ):
-        raise ZeroskipError("the model is compiled already; prune the model it was made from")
+    if not include:
+        _refuse_compiled(model, compiled, every)
     skipped = compiled | computed_layers(model) | skipped
     barred = [name for name, reason in skipped.items() if include and reason.startswith(BARRED)]
     if not sites and barred:
@@ -234,3 +229,10 @@ def _chosen(recipe: Recipe, model: nn.Module) -> tuple[list[Block], list[Site], 
             + (f" ({len(skipped)} skipped, e.g. {next(iter(skipped.items()))})" if skipped else "")
         )
     return blocks, sites, skipped
+
+
+def _refuse_compiled(model: nn.Module, compiled: Iterable[str], sites: Iterable[Site]) -> None:
+    """Raise where all that is left of the blocks is packed."""
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    if any(name.startswith(blocks) for name in compiled) and not any(site.name.startswith(blocks) for site in sites):
+        raise ZeroskipError("the model is compiled already; prune the model it was made from")

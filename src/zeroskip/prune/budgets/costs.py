@@ -118,7 +118,6 @@ def example(item: Item, share: float) -> Tensor:
     weight = item.site.weight()
     draw = torch.Generator().manual_seed(0)
     made = torch.randn(weight.shape[1:], generator=draw)
-    made += made.sign() * 0.01  # no group is so small that fp16 cannot hold its scale
     score = torch.rand(made.shape, generator=draw)
     pattern = item.settings.pattern
     if pattern.steps is not None:
